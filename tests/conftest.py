@@ -1,0 +1,73 @@
+"""What all tests share: an environment that keeps to itself, one real local Ray, and pairs of gloo processes.
+
+The environment is set while pytest loads this file, before anything imports ray or torch; child processes inherit it.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+# Short, because Ray puts sockets under it and their paths may have about a hundred characters.
+TEMP = Path(tempfile.mkdtemp(prefix="seuf"))
+
+
+def _environment() -> dict[str, str]:
+    token = TEMP / "token"  # Ray would write one into HOME
+    token.write_text(secrets.token_hex(32))
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # what ray.train.report waits for; 2 s by default
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Workers of Ray find functions that test modules define.
+        "PYTHONPATH": os.pathsep.join(
+            filter(None, [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH")])
+        ),
+    }
+
+
+os.environ.update(_environment())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove the token and whatever Ray left beside it."""
+    shutil.rmtree(TEMP, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One real Ray on this machine, with room for four processes, for all tests that ask for it."""
+    import ray
+
+    ray.init(
+        address="local",  # never a cluster that happens to run here
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=150 << 20,
+        log_to_driver=False,
+        _temp_dir=str(TEMP / "ray"),
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def two_processes() -> Callable[..., list[Any]]:
+    """`two_processes(function, *args)`: what a module-level function returns on each of two gloo processes."""
+    import distributed
+
+    return lambda function, *args: distributed.run(function, 2, *args)
