@@ -1,0 +1,128 @@
+"""What one forward pass leaves behind, and means over a batch that may be spread over processes.
+
+A loss sees `Forward`s only. Its means divide by the whole batch's counts, split evenly over the ranks:
+
+    sum over ranks of  (local sum / (global count / R)) / R  =  global sum / global count
+
+so averaging gradients over R ranks (what every data-parallel engine does) gives exactly the gradient of the mean
+over the whole batch, however unevenly tokens fall on ranks. A mean of per-rank means would not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from seuf_ray.families import Scoring
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token rows as the model reads them.
+
+    Attributes:
+        ids: (B, T) token ids, padded on the right.
+        attention: (B, T) True at real tokens.
+        counted: (B, T) True at tokens whose log-probability counts (never the first of a row, never padding).
+        is_filler: the rows only keep a rank company in collective calls; nothing of them counts.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    counted: Tensor
+    is_filler: bool = False
+
+    @property
+    def routed(self) -> Tensor:
+        """(B, T) True at tokens whose routing counts."""
+        return torch.zeros_like(self.attention) if self.is_filler else self.attention
+
+    def filler(self) -> Batch:
+        """The same rows, counting nothing; a masked-out row would make NaN in attention instead."""
+        return Batch(self.ids, self.attention, torch.zeros_like(self.counted), is_filler=True)
+
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(self.ids.to(device), self.attention.to(device), self.counted.to(device), self.is_filler)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one pass over a batch leaves behind.
+
+    Attributes:
+        logps: (B, T-1) log-probability of token t+1 given the tokens up to t.
+        mask: (B, T-1) True where that token counts.
+        router_logits: layer -> (N, E), the N real tokens of the batch (padding never counts).
+        router_choices: layer -> (N, K), the experts chosen for them, best first.
+        hidden: layer -> (B, T, D), output of the tapped decoder layers.
+        num_tokens, num_sequences, num_routed: counted tokens, rows and real tokens of the whole batch over all ranks,
+            divided by the number of ranks.
+    """
+
+    logps: Tensor
+    mask: Tensor
+    router_logits: dict[int, Tensor] = field(default_factory=dict)
+    router_choices: dict[int, Tensor] = field(default_factory=dict)
+    hidden: dict[int, Tensor] = field(default_factory=dict)
+    num_tokens: float = 0.0
+    num_sequences: float = 0.0
+    num_routed: float = 0.0
+
+    def nll(self) -> Tensor:
+        """Mean token NLL over counted tokens of the whole batch, scalar (open-unlearning's CE)."""
+        return -self.mean_tokens(self.logps)
+
+    def mean_tokens(self, values: Tensor) -> Tensor:
+        """Mean of per-token `values` (B, T-1) over counted tokens."""
+        return torch.where(self.mask, values, 0).sum() / self.num_tokens
+
+    def mean_sequences(self, values: Tensor) -> Tensor:
+        """Mean of per-sequence `values` (B,)."""
+        return values.sum() / self.num_sequences
+
+    def mean_routed(self, values: Tensor) -> Tensor:
+        """Mean of per-token routing `values` (N,) over real tokens."""
+        return values.sum() / self.num_routed
+
+    def sequence_logps(self) -> Tensor:
+        """(B,) summed log-probability of each row's counted tokens (`S` of method.md section 5)."""
+        return torch.where(self.mask, self.logps, 0).sum(dim=1)
+
+
+def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
+    """(B, T-1) log-probability of each next token, in float32.
+
+    Args:
+        logits: (B, T, V) of the model.
+        ids: (B, T) token ids.
+    """
+    shifted = logits[:, :-1].float()
+    chosen = shifted.gather(2, ids[:, 1:, None]).squeeze(2)
+    return chosen - shifted.logsumexp(dim=2)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a plan means to an anchor.
+
+    Attributes:
+        experts: (layer, expert) pairs that keep the tokens; empty for the full-parameter baseline.
+        routers: layers whose router is anchored.
+        moe_layers: all layers with routed experts.
+        scoring: how the family turns router logits into scores.
+    """
+
+    experts: tuple[tuple[int, int], ...]
+    routers: tuple[int, ...]
+    moe_layers: tuple[int, ...]
+    scoring: Scoring
+
+    @property
+    def layers_from_first(self) -> tuple[int, ...]:
+        """MoE layers at or after the first target: layers below cannot drift."""
+        return tuple(layer for layer in self.moe_layers if layer >= min(self.routers))
+
+    def experts_of(self, layer: int) -> list[int]:
+        return [expert for at, expert in self.experts if at == layer]
