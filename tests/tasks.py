@@ -1,0 +1,83 @@
+"""Small plans, batches and runs that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from seuf_ray.artifacts import Expert, Provenance, UnlearningPlan
+from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.config import ClusterConfig, TrainingConfig
+from seuf_ray.engine import LocalEngine
+from seuf_ray.families import PARTS
+from seuf_ray.model import MoEModel
+from seuf_ray.passes import Batch
+
+LEARNING_RATE = 1e-2
+
+
+def make_plan(checkpoint: Checkpoint, experts: list[Expert], *, routers: bool = True) -> UnlearningPlan:
+    """A plan for these experts and their routers; for everything if there are none."""
+    family = checkpoint.family
+    layers = sorted({layer for layer, _ in experts})
+    names = [family.expert_tensor(layer, e, part) for layer, e in experts for part in PARTS]
+    names += [family.router_tensor(layer) for layer in layers] if routers else []
+    return UnlearningPlan(
+        model=checkpoint.identity("tiny"),
+        provenance=Provenance(seed=0, made_from={}, packages={}),
+        scope="explicit" if experts else "full",
+        top_m=1,
+        experts=experts,
+        routers=layers if routers else [],
+        tensors=sorted(names),
+        num_trainable=1,
+        trainable_fraction=0.1,
+    )
+
+
+def random_batch(rows: int = 5, length: int = 12, seed: int = 0) -> Batch:
+    """Rows of unequal length, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 64, (rows, length), generator=generator)
+    lengths = torch.randint(4, length + 1, (rows, 1), generator=generator)
+    attention = torch.arange(length)[None] < lengths
+    counted = attention.clone()
+    counted[:, 0] = False
+    return Batch(ids, attention, counted)
+
+
+def rows_of(batch: Batch, rows: list[int]) -> Batch:
+    """Some rows of a batch; a filler for none."""
+    if not rows:
+        return rows_of(batch, [0]).filler()
+    return Batch(batch.ids[rows], batch.attention[rows], batch.counted[rows])
+
+
+def train_local(folder: Path, experts: list[Expert], steps: int = 3) -> dict[str, Tensor]:
+    """Gradient ascent in one process; the trained tensors."""
+    checkpoint = Checkpoint(folder)
+    engine = LocalEngine(MoEModel(checkpoint), make_plan(checkpoint, experts), TrainingConfig())
+    for step in range(steps):
+        engine.step(-engine.forward(random_batch(seed=step), grad=True).nll(), LEARNING_RATE)
+    return engine.tensors()
+
+
+def train_rank(folder: str, experts: list[Expert], cluster: dict) -> dict:
+    """The same on one rank of a DeepSpeed engine; also what the reference passes and the loss came to."""
+    from seuf_ray.deepspeed_engine import DeepSpeedEngine
+
+    torch.set_num_threads(1)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    checkpoint = Checkpoint(Path(folder))
+    model = MoEModel(checkpoint)
+    plan = make_plan(checkpoint, experts)
+    engine = DeepSpeedEngine(model, plan, TrainingConfig(), ClusterConfig(**cluster))
+    norms, reference = [], []
+    for step in range(3):
+        mine = rows_of(random_batch(seed=step), list(range(rank, 5, world_size)))
+        norms.append(engine.step(-engine.forward(mine, grad=True).nll(), LEARNING_RATE))
+        reference.append(engine.forward(mine, reference=True).logps)
+    return {"tensors": engine.tensors(), "norms": norms, "reference": reference}
