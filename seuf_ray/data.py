@@ -1,0 +1,245 @@
+"""Sources -> texts and questions -> token rows -> batches, and which rows a training step sees.
+
+A row is `ids` with `num_context`: log-probabilities of `ids[num_context:]` count. Everything here is a pure
+function of its arguments: every worker gets the same units and batches, and a step can be repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from seuf_ray.artifacts import DataSummary
+from seuf_ray.config import DataConfig
+from seuf_ray.errors import DataError
+from seuf_ray.passes import Batch
+from seuf_ray.sources import Found, collect
+
+QUESTION_NAMES = ("question", "query")  # TOFU and MMLU, RWKU
+SURROGATE = re.compile("[\ud800-\udfff]")
+CHOICE_COLUMN = re.compile(r"(choice|option)(\d+)")  # MMLU as CSV, TOFU's real_authors
+
+
+class Tokenizer(Protocol):
+    """What is needed of a Hugging Face tokenizer."""
+
+    eos_token_id: int | None
+    bos_token_id: int | None
+    pad_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple-choice question; `answer` is the index of the right choice."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+
+
+def read_texts(source: str, config: DataConfig) -> tuple[list[str], Found]:
+    """The texts of `source`, in order, and what was found.
+
+    A text is the column `config.text_field`. Where a record has no such column but a question and an answer
+    (TOFU, RWKU, MMLU), it is "Question: {question}\\nAnswer: {answer}", which is TOFU's own template for base
+    models; the answer is the text of the right choice.
+
+    Raises:
+        DataError: no such source, no usable row, or more malformed rows than `config.max_bad_rows`.
+    """
+    return collect(source, config, lambda record: _text_of(record, config.text_field), questions=False)
+
+
+def read_questions(source: str, config: DataConfig) -> tuple[list[Question], Found]:
+    """The multiple-choice questions of `source`, in order, and what was found.
+
+    A record has `question` (or `query`), `answer`, and a list `choices` (WMDP, MMLU) or columns choice0,
+    choice1, ... (MMLU as CSV) or option1, option2, ... (TOFU). The answer is an index from 0, a letter, or
+    the text of the right choice; "2" is an index where there are columns from choice0, else a text.
+    `config.max_rows` is about texts and limits no questions.
+
+    Raises:
+        DataError: as in `read_texts`.
+    """
+    return collect(source, config, _question_of, questions=True)
+
+
+def _text_of(record: Any, text_field: str) -> str:
+    fields = _object(record)
+    if text_field in fields:
+        return _string(text_field, fields[text_field])
+    names = [name for name in QUESTION_NAMES if name in fields]
+    if not names or "answer" not in fields:
+        raise ValueError(f"no column {text_field!r} (data.text_field), found {_names(fields)}")
+    if _choice_columns(
+        fields
+    ):  # the answer may be a number there, and numbers are not what must be forgotten
+        question = _question_of(fields)
+        return f"Question: {question.question}\nAnswer: {question.choices[question.answer]}"
+    return f"Question: {_string(names[0], fields[names[0]])}\nAnswer: {_string('answer', fields['answer'])}"
+
+
+def _question_of(record: Any) -> Question:
+    fields = _object(record)
+    columns = _choice_columns(fields)
+    names = [name for name in QUESTION_NAMES if name in fields]
+    if not (columns and names and "answer" in fields):
+        raise ValueError(f"a question needs columns question, choices and answer, found {_names(fields)}")
+    choices = fields["choices"] if "choices" in fields else [fields[name] for name in columns]
+    if not isinstance(choices, list) or len(choices) < 2:
+        raise ValueError(f"choices must be a list of two texts or more, found {_short(choices)}")
+    texts = tuple(_string(f"choice {index}", choice) for index, choice in enumerate(choices))
+    return Question(
+        _string(names[0], fields[names[0]]), texts, _answer_index(fields["answer"], texts, columns)
+    )
+
+
+def _choice_columns(fields: dict[str, Any]) -> list[str]:
+    """["choices"], or the numbered columns in the order of their numbers, or nothing."""
+    matches = [match for match in map(CHOICE_COLUMN.fullmatch, fields) if match]
+    numbered = [match[0] for match in sorted(matches, key=lambda match: int(match[2]))]
+    return ["choices"] if "choices" in fields else numbered
+
+
+def _answer_index(answer: Any, choices: tuple[str, ...], columns: list[str]) -> int:
+    """Index of the right choice; raises ValueError where the answer names no choice, or two."""
+    letters = [chr(ord("A") + index) for index in range(len(choices))]
+    numbers = [name.removeprefix("choice") for name in columns] if "choice0" in columns else []
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        found = {answer} & set(range(len(choices)))
+    elif answer in numbers:  # CSV knows no integers: "2" is the column choice2, even where a choice reads "2"
+        found = {numbers.index(answer)}
+    else:
+        found = {known.index(answer) for known in (letters, list(choices)) if answer in known}
+    if len(found) != 1:
+        problem = "is a letter and also the text of another choice" if found else "names no choice"
+        allowed = f"0 to {len(choices) - 1}, A to {letters[-1]}, or the text of a choice"
+        raise ValueError(f"answer {_short(answer)} {problem}; allowed: {allowed}")
+    return found.pop()
+
+
+def _object(record: Any) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a record with columns, found {_short(record)}")
+    return record
+
+
+def _string(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{name} must be a text that is not empty, found {_short(value)}")
+    if SURROGATE.search(value):  # half an escaped pair, or a byte that is not UTF-8: tokenizers crash on it
+        raise ValueError(f"{name} is not valid Unicode: {_short(value)}")
+    return value
+
+
+def _names(fields: dict[str, Any]) -> str:
+    return ", ".join(list(fields)[:12]) + (", ..." if len(fields) > 12 else "")
+
+
+def _short(value: Any) -> str:
+    shown = ascii(value)
+    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tokens; log-probabilities of `ids[num_context:]` count (of none where num_context is their number)."""
+
+    ids: tuple[int, ...]
+    num_context: int = 1
+
+    def __post_init__(self) -> None:
+        assert 1 <= self.num_context <= len(self.ids), "the first token has no predecessor: it cannot count"
+
+
+def leading_tokens(tokenizer: Tokenizer) -> list[int]:
+    """[bos] where the tokenizer has one and puts it before texts, else []."""
+    first = list(tokenizer("a", add_special_tokens=True)["input_ids"])[:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """The tokenizer's padding, else its end of text; masks, not ids, say what is padding."""
+    return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+
+
+def tokenize(texts: Sequence[str], tokenizer: Tokenizer, sequence_length: int) -> list[Row]:
+    """Rows of at most `sequence_length` tokens in the order of the texts: [bos] tokens [eos], cut if longer.
+
+    A last piece of one token is dropped, as nothing in it could count: the eos, where there is one.
+
+    Raises:
+        DataError: no text gives a row.
+    """
+    first, eos = leading_tokens(tokenizer), tokenizer.eos_token_id
+    rows: list[Row] = []
+    for text in texts:
+        if tokens := list(tokenizer(text, add_special_tokens=False)["input_ids"]):
+            ids = (*first, *tokens, *([] if eos is None else [eos]))
+            pieces = (ids[start : start + sequence_length] for start in range(0, len(ids), sequence_length))
+            rows.extend(Row(piece) for piece in pieces if len(piece) >= 2)
+    if not rows:
+        raise DataError(f"{len(texts)} texts tokenise to nothing: no row of two tokens or more is left")
+    return rows
+
+
+def summarize(sources: Sequence[str], found: Sequence[Found], rows: Sequence[Row]) -> DataSummary:
+    """What the readers found and what became of it; `num_tokens` counts every token of the rows."""
+    return DataSummary(
+        sources=list(sources),
+        num_texts=sum(one.num_records for one in found),
+        num_rows=len(rows),
+        num_tokens=sum(len(row.ids) for row in rows),
+        num_bad_rows=sum(one.num_bad for one in found),
+    )
+
+
+def collate(rows: Sequence[Row], pad_id: int, length: int | None = None) -> Batch:
+    """A batch (B, T) padded on the right to the longest row, or to `length` (which no row may exceed)."""
+    lengths = torch.tensor([len(row.ids) for row in rows])  # (B,)
+    longest = int(lengths.max())
+    length = longest if length is None else length
+    assert longest <= length, f"a row of {longest} tokens does not fit into {length}"
+    ids = torch.tensor([[*row.ids, *[pad_id] * (length - len(row.ids))] for row in rows])  # (B, T)
+    position = torch.arange(length)
+    attention = position < lengths[:, None]
+    context = torch.tensor([row.num_context for row in rows])
+    return Batch(ids, attention, attention & (position >= context[:, None]))
+
+
+def units(rows: Sequence[Row], unit_rows: int) -> list[list[Row]]:
+    """Fixed groups of `unit_rows` rows in the global order; one forward pass each, wherever it runs."""
+    return [list(rows[start : start + unit_rows]) for start in range(0, len(rows), unit_rows)]
+
+
+class Sampler:
+    """Which rows a step sees: shuffled epochs one after the other, cut into batches across their borders."""
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        assert num_rows > 0 and batch_size > 0
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self._cached: tuple[int, list[int]] = (-1, [])
+
+    def batch(self, step: int) -> list[int]:
+        """Exactly `batch_size` row indices, a pure function of (seed, step)."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [self._epoch(place // self.num_rows)[place % self.num_rows] for place in places]
+
+    def _epoch(self, epoch: int) -> list[int]:
+        if self._cached[0] != epoch:
+            digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+            self._cached = (epoch, torch.randperm(self.num_rows, generator=generator).tolist())
+        return self._cached[1]
+
+
+def shard(indices: Sequence[int], rank: int, world_size: int) -> list[int]:
+    """Every `world_size`-th index from `rank` on: the shares make up the batch, and may be empty."""
+    return list(indices[rank::world_size])
