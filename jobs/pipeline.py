@@ -1,0 +1,47 @@
+"""Attribute, plan, unlearn, evaluate, compare, report: the whole of SEUF on one page.
+
+    python jobs/pipeline.py jobs/demo.toml
+    python jobs/pipeline.py jobs/demo.toml data.forget=embedded:geography output_dir=runs/geography
+"""
+
+from seuf_ray.command import command
+
+config = command(__doc__)  # before torch and ray are imported: --help and mistakes cost nothing
+
+from seuf_ray.console import heading, progress_printer, show_attribution, show_evaluation, show_plan
+from seuf_ray.job import EVERYTHING, claim, prepare, read_metrics
+from seuf_ray.report import console_table, write_report
+from seuf_ray.stages.attribute import attribute
+from seuf_ray.stages.compare import compare
+from seuf_ray.stages.evaluate import evaluate
+from seuf_ray.stages.plan import plan
+from seuf_ray.stages.session import session
+from seuf_ray.stages.unlearn import unlearn
+
+job = prepare(config)  # reads and checks everything; nothing is written before this returns
+claim(config, *EVERYTHING)
+
+with session(config.cluster):
+    heading("attribute: which experts does the forget set use?")
+    report = attribute(job)
+    show_attribution(report)
+
+    heading("plan: the top-M of them, and their routers")
+    targets = plan(job, report)
+    show_plan(targets)
+
+    heading(f"unlearn: {config.algorithm.name} with router anchor {config.anchor.name}")
+    patch = unlearn(job, targets, progress_printer(config.training.steps))
+
+    heading("evaluate: the original, then the patch")
+    before = evaluate(job)
+    show_evaluation(before)
+    after = evaluate(job, patch)
+    show_evaluation(after)
+
+    comparison = compare(job, report, before) if config.compare else None
+
+if comparison is not None:
+    print("\n" + console_table(comparison))
+page = write_report(job.path("report.html"), report, targets, read_metrics(job), before, after, comparison, config.model_dump(mode="json"))
+heading(f"done: {page}")

@@ -1,0 +1,60 @@
+"""The command line of every job: `python jobs/NAME.py FILE.toml [dotted.path=value ...]`.
+
+`--help` and a mistake in the job file cost no import of torch or ray. Errors that are the user's are one message and
+exit status 1; everything else keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+from typing import get_args
+
+from pydantic import BaseModel
+
+from seuf_ray.config import JobConfig, load
+from seuf_ray.errors import ConfigError, MismatchError
+
+
+def command(description: str | None, argv: list[str] | None = None) -> JobConfig:
+    """The job that the command line asks for.
+
+    Args:
+        description: the script's docstring, shown by `--help`.
+        argv: arguments; default: the process's own.
+    """
+    sys.excepthook = _say
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="keys of the job file, each also an override:\n\n" + "\n".join(_keys(JobConfig)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", metavar="FILE.toml", help="the job file")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="e.g. training.learning_rate=1e-3")
+    arguments = parser.parse_args(argv)
+    return load(arguments.file, arguments.overrides)
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """One line per key: dotted path, default, meaning."""
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and not field.validate_default:
+            yield from _keys(kind, f"{prefix}{name}.")
+            continue
+        default = "" if field.is_required() else f" [{field.default}]"
+        choices = f" ({' | '.join(map(str, get_args(kind)))})" if _is_literal(kind) else ""
+        yield f"  {prefix}{name}{default}{choices}\n      {field.description or ''}"
+
+
+def _is_literal(kind: object) -> bool:
+    return bool(get_args(kind)) and all(isinstance(value, str | int) for value in get_args(kind))
+
+
+def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if issubclass(kind, ConfigError | MismatchError):
+        print(f"{kind.__name__}: {error}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -1,0 +1,223 @@
+"""A job made ready: everything that can be wrong with a request is found here, before Ray starts or a file is written.
+
+`prepare(config)` resolves the checkpoint, reads and tokenises the data and checks what the stages will ask for.
+`claim(config)` then takes possession of `output_dir`, which belongs to one configuration at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from seuf_ray import artifacts, patch
+from seuf_ray.artifacts import Artifact, DataSummary, ModelIdentity, UnlearningPlan
+from seuf_ray.checkpoint import Checkpoint, resolve
+from seuf_ray.config import JobConfig, derive
+from seuf_ray.data import Row, padding_id, read_questions, read_texts, summarize, tokenize
+from seuf_ray.errors import ConfigError
+from seuf_ray.quiz import Quiz, make_quiz
+from seuf_ray.model import load_tokenizer
+from seuf_ray.passes import Targets
+
+A = TypeVar("A", bound=Artifact)
+
+PLAN, ATTRIBUTION = "plan.json", "attribution.json"
+BEFORE, AFTER = "evaluation_before.json", "evaluation_after.json"
+TRAINED = (PLAN, "metrics.jsonl", "patch", "train")  # what the unlearning stage writes
+EVERYTHING = (ATTRIBUTION, *TRAINED, BEFORE, AFTER, "comparison.json", "compare", "report.html")
+
+
+@dataclass(frozen=True)
+class TextSet:
+    """One side of the data: its rows in global order, and what the reader found."""
+
+    rows: list[Row]
+    summary: DataSummary
+
+
+class Job:
+    """A configuration with its checkpoint and data; cheap to make, data is read on first use."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self.config = config
+        self.checkpoint = Checkpoint(resolve(config.model.name, config.model.revision))
+        self.identity: ModelIdentity = self.checkpoint.identity(config.model.name, config.model.revision)
+        _check_parallelism(config, self.checkpoint)
+        _check_targets(config, self.checkpoint)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.checkpoint)
+
+    @property
+    def pad_id(self) -> int:
+        """Padding is masked everywhere, so any id will do."""
+        return padding_id(self.tokenizer)
+
+    @cached_property
+    def forget(self) -> TextSet:
+        return self._texts(self.config.data.forget)
+
+    @cached_property
+    def retain(self) -> TextSet:
+        return self._texts(self.config.data.retain)
+
+    @cached_property
+    def perplexity(self) -> TextSet:
+        return self._texts(self.config.evaluation.perplexity)
+
+    @cached_property
+    def forget_quizzes(self) -> list[Quiz]:
+        return [self._quiz(source) for source in self.config.forget_questions]
+
+    @cached_property
+    def utility_quizzes(self) -> list[Quiz]:
+        return [self._quiz(source) for source in self.config.utility_questions]
+
+    def targets(self, plan: UnlearningPlan) -> Targets:
+        """What the plan means to an anchor."""
+        shape = self.checkpoint.shape
+        layers = sorted({layer for layer, _ in plan.experts}) or list(shape.moe_layers)
+        return Targets(tuple(plan.experts), tuple(layers), shape.moe_layers, shape.scoring)
+
+    def kept(self, kind: type[A], name: str) -> A | None:
+        """An artifact that an earlier, interrupted run of this job left, when `resume` asks to go on from it."""
+        return read_input(self, kind, name) if self.config.resume and self.path(name).exists() else None
+
+    def path(self, name: str) -> Path:
+        """A file or folder of this job's output."""
+        return self.config.output_dir / name
+
+    def _texts(self, sources: Sequence[str]) -> TextSet:
+        texts, found = zip(*(read_texts(source, self.config.data) for source in sources), strict=True)
+        flat = [text for part in texts for text in part]
+        rows = tokenize(flat, self.tokenizer, self.config.data.sequence_length)
+        return TextSet(rows, summarize(list(sources), list(found), rows))
+
+    def _quiz(self, source: str) -> Quiz:
+        questions, _ = read_questions(source, self.config.data)
+        evaluation = self.config.evaluation
+        quiz = make_quiz(source, questions, self.tokenizer, evaluation.question_format)
+        return quiz.sample(evaluation.max_questions or len(questions))
+
+
+def prepare(config: JobConfig) -> Job:
+    """The job with all of its inputs read and checked.
+
+    Raises:
+        ConfigError: checkpoint, data, questions or parallelism are not usable as written.
+    """
+    job = Job(config)
+    for part in ("forget", "retain", "perplexity", "forget_quizzes", "utility_quizzes"):
+        getattr(job, part)
+    for variant in config.compare:
+        derive_variant(config, variant.name)
+    return job
+
+
+def derive_variant(config: JobConfig, name: str) -> JobConfig:
+    """The configuration of one row of the comparison, in a folder of its own."""
+    variant = next(v for v in config.compare if v.name == name)
+    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
+    folder = config.output_dir / "compare" / slug
+    return derive(config, [*variant.overrides, f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"])
+
+
+def _check_parallelism(config: JobConfig, checkpoint: Checkpoint) -> None:
+    parallel, experts = config.cluster.expert_parallel_size, checkpoint.shape.num_experts
+    if experts % parallel:
+        raise ConfigError(
+            f"cluster.expert_parallel_size = {parallel} must divide this model's {experts} experts per layer"
+        )
+    if parallel > 1 and config.targets.scope == "full":
+        raise ConfigError(
+            "targets.scope = 'full' trains every expert where it lies and is not sharded by experts: "
+            "set cluster.expert_parallel_size = 1"
+        )
+
+
+def _check_targets(config: JobConfig, checkpoint: Checkpoint) -> None:
+    """Top-M is checked against the model before attribution spends any time."""
+    shape, scope = checkpoint.shape, config.targets.scope
+    most = shape.num_experts * (len(shape.moe_layers) if scope in ("model", "random") else 1)
+    if scope not in ("explicit", "full") and config.targets.top_m > most:
+        raise ConfigError(
+            f"targets.top_m = {config.targets.top_m}: scope {scope!r} has only {most} experts to choose from "
+            f"({len(shape.moe_layers)} MoE layers of {shape.num_experts})"
+        )
+
+
+def claim(config: JobConfig, *outputs: str) -> None:
+    """Take possession of `output_dir` for a stage that writes `outputs` there.
+
+    Raises:
+        ConfigError: it belongs to another configuration, or holds these outputs already, and neither `resume` (same
+            configuration only) nor `overwrite` (removes these outputs, nothing else) is set.
+    """
+    folder, own = config.output_dir, _own_fingerprint(config)
+    held = _held_by(folder)
+    if config.overwrite:
+        _remove(folder, outputs)
+    elif held not in (None, own):
+        raise ConfigError(
+            f"output_dir {folder} already holds another run: choose another folder, or set overwrite=true"
+        )
+    elif not config.resume and (there := [name for name in outputs if (folder / name).exists()]):
+        raise ConfigError(
+            f"output_dir {folder} already holds {', '.join(there)} of this job: set resume=true to keep and continue, "
+            "or overwrite=true to replace"
+        )
+    document = {"config": config.model_dump(mode="json"), "fingerprint": own}
+    artifacts.write_text(folder / "job.json", json.dumps(document, indent=1) + "\n")
+
+
+def _own_fingerprint(config: JobConfig) -> str:
+    return artifacts.fingerprint(config.model_dump(mode="json", exclude={"resume", "overwrite", "output_dir"}))
+
+
+def _held_by(folder: Path) -> str | None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file")
+    if not folder.exists() or not any(folder.iterdir()):
+        return None
+    try:
+        return str(json.loads((folder / "job.json").read_text(encoding="utf-8"))["fingerprint"])
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def _remove(folder: Path, names: Sequence[str]) -> None:
+    for name in names:
+        path = folder / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def read_input(job: Job, kind: type[A], name: str, given: Path | None = None) -> A:
+    """An artifact of this job (or of the run that `inputs` names), refused where it speaks of another model."""
+    path = given or job.path(name)
+    artifact = kind.read(path)
+    artifact.require_model(job.identity, path)
+    return artifact
+
+
+def write_patch(job: Job, plan: UnlearningPlan, tensors: dict[str, Any]) -> Path:
+    """The trained tensors as `patch/` of the output folder."""
+    made = artifacts.provenance(job.config.seed, plan=plan.fingerprint, model=job.identity.fingerprint)
+    folder = job.path("patch")
+    config = job.config.model_dump(mode="json")
+    patch.write(folder, job.checkpoint, job.identity, plan, config, tensors, made)
+    return folder
+
+
+def read_metrics(job: Job) -> list[dict[str, Any]]:
+    """The small evaluations of `metrics.jsonl`, in order."""
+    lines = job.path("metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]

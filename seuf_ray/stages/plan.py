@@ -1,0 +1,27 @@
+"""From an attribution report to the plan of a job."""
+
+from __future__ import annotations
+
+from seuf_ray.artifacts import AttributionReport, UnlearningPlan, provenance
+from seuf_ray.attribution import choose_targets
+from seuf_ray.job import ATTRIBUTION, PLAN, Job, read_input
+
+
+def plan(job: Job, report: AttributionReport | None = None, *, write: bool = True) -> UnlearningPlan:
+    """The plan that `inputs.plan` names, or the targets of `report` (default: the job's attribution.json).
+
+    Raises:
+        ConfigError: no such artifact, or no such experts.
+        MismatchError: an artifact made for another model.
+    """
+    config = job.config
+    if config.inputs.plan is not None:
+        found = read_input(job, UnlearningPlan, PLAN, config.inputs.plan)
+    else:
+        report = report or read_input(job, AttributionReport, ATTRIBUTION, config.inputs.attribution)
+        made = provenance(config.seed, attribution=report.fingerprint, model=job.identity.fingerprint)
+        trains = config.anchor.name != "frozen"
+        found = choose_targets(report, config.targets, job.checkpoint, made, train_routers=trains)
+    if write:
+        found.write(job.path(PLAN))
+    return found

@@ -1,0 +1,138 @@
+"""The command line, and bad input: a clear message before any training, and nothing written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from seuf_ray.checkpoint import resolve
+from seuf_ray.config import load, validate
+from seuf_ray.errors import ConfigError
+from seuf_ray.job import EVERYTHING, claim, prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))
+
+
+def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_lists_every_key_and_imports_nothing_heavy(job: str) -> None:
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['jobs/{job}.py', '--help']\n"
+        "try:\n"
+        f"    runpy.run_path('jobs/{job}.py', run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    heavy = {'torch', 'ray', 'transformers', 'deepspeed'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy or stop.code else 0)\n"
+    )
+    done = run_job("-c", code)
+    assert done.returncode == 0, done.stderr
+    assert "training.learning_rate" in done.stdout and "targets.scope" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["algorithm.name=npoo"], "algorithm"),
+        (["anchor.weight=-1"], "anchor.weight"),
+        (["trainin.steps=3"], "did you mean 'training'"),
+        (["training.steps"], "dotted.path=value"),
+    ],
+)
+def test_mistakes_in_the_job_file_are_one_message_and_no_traceback(
+    overrides: list[str], said: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run_job("jobs/pipeline.py", "jobs/demo.toml", f"output_dir={str(out)!r}", *overrides)
+    assert done.returncode == 1
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_the_demo_is_valid_and_complete() -> None:
+    config = load(ROOT / "jobs" / "demo.toml")
+    assert config.cluster.num_workers == config.cluster.expert_parallel_size == 2
+    assert config.training.stop_at_forget_accuracy is None  # a fixed number of steps for every row of the table
+    assert len(config.compare) >= 2
+
+
+def _prepare(tmp_path: Path, **values: Any) -> None:
+    config = validate({"output_dir": str(tmp_path / "out"), "data": {"max_rows": 20}} | values)
+    prepare(config)
+
+
+def _refused(tmp_path: Path, said: str, **values: Any) -> None:
+    with pytest.raises(ConfigError, match=said):
+        _prepare(tmp_path, **values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    _refused(tmp_path, r"nowhere\.jsonl", data={"forget": "data/nowhere.jsonl"})
+
+
+def test_an_empty_forget_file_is_named(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    _refused(tmp_path, r"empty\.jsonl", data={"forget": str(empty)})
+
+
+def test_a_broken_line_is_named_with_its_number(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "gold is Au"}\n{"text": "iron is\n')
+    _refused(tmp_path, r"broken\.jsonl:2", data={"forget": str(broken)})
+
+
+def test_text_that_tokenises_to_nothing_is_refused(tmp_path: Path) -> None:
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text('{"text": "   "}\n')
+    _refused(tmp_path, "blank", data={"forget": str(blank)})
+
+
+def test_too_many_targets_are_refused_before_attribution(tmp_path: Path) -> None:
+    _refused(tmp_path, r"targets\.top_m = 33.*32 experts", targets={"scope": "layer", "top_m": 33})
+
+
+def test_experts_must_divide_over_the_ranks(tmp_path: Path) -> None:
+    _refused(tmp_path, "must divide", cluster={"num_workers": 3, "expert_parallel_size": 3})
+
+
+def test_the_full_baseline_is_not_expert_parallel(tmp_path: Path) -> None:
+    parallel = {"num_workers": 2, "expert_parallel_size": 2}
+    _refused(tmp_path, "expert_parallel_size = 1", targets={"scope": "full"}, cluster=parallel)
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "dense")
+    _refused(tmp_path, "not a mixture-of-experts model", model={"name": str(tmp_path / "dense")})
+
+
+def test_a_bad_variant_is_refused_at_once(tmp_path: Path) -> None:
+    _refused(tmp_path, "scope", compare=[{"name": "bad", "overrides": ["targets.scope=everything"]}])
+
+
+def test_other_peoples_files_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("two years of work")
+    config = validate({"output_dir": str(tmp_path)})
+    with pytest.raises(ConfigError, match="another run"):
+        claim(config, *EVERYTHING)
+    claim(validate({"output_dir": str(tmp_path), "overwrite": True}), *EVERYTHING)
+    assert (tmp_path / "thesis.txt").read_text() == "two years of work"
+
+
+def test_patch_help_and_a_missing_patch(tmp_path: Path) -> None:
+    done = run_job("-m", "seuf_ray.patch", "verify", str(resolve("embedded:specialised")), str(tmp_path))
+    assert done.returncode == 1 and "manifest.json" in done.stderr and "Traceback" not in done.stderr
