@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "seuf_ray/"
+UNREMARKABLE = ("__init__.py", "py.typed")
 BLOCK = re.compile(r"<!-- tree -->\s*```\w*\n(.*?)```\s*<!-- /tree -->", re.DOTALL)
 LINE = re.compile(r"(?P<indent> *)(?P<name>[\w.-]+/?)(?:\s{2,}(?P<text>\S.*))?\s*")
 
@@ -77,7 +78,7 @@ def _actual(root: Path) -> set[str]:
     listing = subprocess.run(
         command, cwd=root, check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    files = [name for name in listing if (root / name).exists() and not name.endswith("/__init__.py")]
+    files = [name for name in listing if (root / name).exists() and Path(name).name not in UNREMARKABLE]
     entries = {_entry("", name) for name in files}
     return entries | {PACKAGE + _entry(PACKAGE, name) for name in files if name.startswith(PACKAGE)}
 

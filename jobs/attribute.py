@@ -1,6 +1,6 @@
 """Score every expert on the forget set: writes attribution.json.
 
-    python jobs/attribute.py jobs/demo.toml
+python jobs/attribute.py jobs/demo.toml
 """
 
 from seuf_ray.command import command

@@ -1,6 +1,6 @@
 """Evaluate the original, and the patch of this run (or inputs.patch): writes evaluation_before/after.json.
 
-    python jobs/evaluate.py jobs/demo.toml
+python jobs/evaluate.py jobs/demo.toml
 """
 
 from seuf_ray.command import command

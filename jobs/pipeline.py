@@ -1,7 +1,7 @@
 """Attribute, plan, unlearn, evaluate, compare, report: the whole of SEUF on one page.
 
-    python jobs/pipeline.py jobs/demo.toml
-    python jobs/pipeline.py jobs/demo.toml data.forget=embedded:geography output_dir=runs/geography
+python jobs/pipeline.py jobs/demo.toml
+python jobs/pipeline.py jobs/demo.toml data.forget=embedded:geography output_dir=runs/geography
 """
 
 from seuf_ray.command import command
@@ -43,5 +43,14 @@ with session(config.cluster):
 
 if comparison is not None:
     print("\n" + console_table(comparison))
-page = write_report(job.path("report.html"), report, targets, read_metrics(job), before, after, comparison, config.model_dump(mode="json"))
+page = write_report(
+    job.path("report.html"),
+    report,
+    targets,
+    read_metrics(job),
+    before,
+    after,
+    comparison,
+    config.model_dump(mode="json"),
+)
 heading(f"done: {page}")

@@ -1,7 +1,7 @@
 """Plan from attribution.json (or take inputs.plan) and train it: writes plan.json, metrics.jsonl and patch/.
 
-    python jobs/unlearn.py jobs/demo.toml
-    python jobs/unlearn.py jobs/demo.toml inputs.attribution=runs/demo/attribution.json output_dir=runs/other
+python jobs/unlearn.py jobs/demo.toml
+python jobs/unlearn.py jobs/demo.toml inputs.attribution=runs/demo/attribution.json output_dir=runs/other
 """
 
 from seuf_ray.command import command
@@ -15,7 +15,9 @@ from seuf_ray.stages.session import session
 from seuf_ray.stages.unlearn import unlearn
 
 job = prepare(config)
-targets = plan(job, write=False)  # a plan for another model, or none at all, is refused before anything is written
+targets = plan(
+    job, write=False
+)  # a plan for another model, or none at all, is refused before anything is written
 claim(config, *TRAINED)
 targets.write(job.path("plan.json"))
 show_plan(targets)

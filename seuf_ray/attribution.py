@@ -21,8 +21,15 @@ import torch
 from torch import Tensor
 
 from seuf_ray import routing
-from seuf_ray.artifacts import AttributionReport, DataSummary, Expert, LayerScores, ModelIdentity, Provenance
-from seuf_ray.artifacts import UnlearningPlan
+from seuf_ray.artifacts import (
+    AttributionReport,
+    DataSummary,
+    Expert,
+    LayerScores,
+    ModelIdentity,
+    Provenance,
+    UnlearningPlan,
+)
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.config import AttributionConfig, TargetsConfig
 from seuf_ray.errors import ConfigError
@@ -60,7 +67,12 @@ class RoutingStatistics:
 
     def digest(self) -> str:
         """sha256 of every integer: equal digests mean bit-identical statistics."""
-        arrays = (self.affinity, self.router_score, self.slots, np.array([self.num_sequences, self.num_tokens]))
+        arrays = (
+            self.affinity,
+            self.router_score,
+            self.slots,
+            np.array([self.num_sequences, self.num_tokens]),
+        )
         return hashlib.sha256(b"".join(a.astype("<i8").tobytes() for a in arrays)).hexdigest()
 
 
@@ -82,8 +94,8 @@ def unit_statistics(
         affinity.append(routing.to_fixed(routing.sequence_means(gate, list(lengths))).sum(dim=0))
         router_score.append(routing.to_fixed(routing.sequence_means(score, list(lengths))).sum(dim=0))
         slots.append(torch.bincount(choices[layer].flatten(), minlength=shape.num_experts))
-    stacked = [torch.stack(part).cpu().numpy() for part in (affinity, router_score, slots)]
-    return RoutingStatistics(*stacked, num_sequences=len(lengths), num_tokens=sum(lengths))
+    a, r, s = (torch.stack(part).cpu().numpy() for part in (affinity, router_score, slots))
+    return RoutingStatistics(a, r, s, num_sequences=len(lengths), num_tokens=sum(lengths))
 
 
 def make_report(
@@ -143,8 +155,13 @@ def choose_targets(
     """The plan of `targets.scope` (method.md section 3); never an empty one.
 
     Raises:
-        ConfigError: top-M over what there is, or an explicit expert that the model does not have.
+        ConfigError: top-M over what there is, an explicit expert that the model does not have, or everything but
+            the routers.
     """
+    if targets.scope == "full" and not train_routers:
+        raise ConfigError(
+            "targets.scope = 'full' trains every router: choose another anchor.name than 'frozen'"
+        )
     experts = [] if targets.scope == "full" else _select(report, targets, checkpoint.shape, provenance.seed)
     layers = sorted({layer for layer, _ in experts}) if experts else list(checkpoint.shape.moe_layers)
     routers = layers if train_routers else []
@@ -172,7 +189,9 @@ def _select(report: AttributionReport, targets: TargetsConfig, shape: Shape, see
     pools = _pools(ranked, targets.scope, seed)
     smallest = min(len(pool) for pool in pools)
     if targets.top_m > smallest:
-        raise ConfigError(f"targets.top_m = {targets.top_m}: scope {targets.scope!r} has only {smallest} experts to choose from")
+        raise ConfigError(
+            f"targets.top_m = {targets.top_m}: scope {targets.scope!r} has only {smallest} experts to choose from"
+        )
     return sorted(expert for pool in pools for expert in pool[: targets.top_m])
 
 

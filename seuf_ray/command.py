@@ -32,7 +32,9 @@ def command(description: str | None, argv: list[str] | None = None) -> JobConfig
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE.toml", help="the job file")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.path=value", help="e.g. training.learning_rate=1e-3")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.path=value", help="e.g. training.learning_rate=1e-3"
+    )
     arguments = parser.parse_args(argv)
     return load(arguments.file, arguments.overrides)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 from seuf_ray.artifacts import AttributionReport, EvaluationReport, UnlearningPlan
 from seuf_ray.unlearning import Progress
@@ -21,7 +22,7 @@ def show_attribution(report: AttributionReport) -> None:
     data = report.data
     print(f"  {data.num_tokens:,} forget tokens in {data.num_rows:,} rows from {', '.join(data.sources)}")
     ranked = report.ranked()
-    for (score, (layer, expert)), (following, _) in zip(ranked[:5], ranked[1:6], strict=False):
+    for (score, (layer, expert)), (following, _) in pairwise(ranked[:6]):
         lead = f"{score / following:.2f} x the next" if following else ""
         print(f"  layer {layer:2d} expert {expert:3d}   {report.score} {score:.4f}   {lead}")
     for warning in report.warnings:
@@ -30,10 +31,16 @@ def show_attribution(report: AttributionReport) -> None:
 
 def show_plan(plan: UnlearningPlan) -> None:
     """What will train, and how much of the model that is."""
-    what = "every parameter" if plan.is_full else ", ".join(f"layer {at} expert {e}" for at, e in plan.experts[:8])
+    what = (
+        "every parameter"
+        if plan.is_full
+        else ", ".join(f"layer {at} expert {e}" for at, e in plan.experts[:8])
+    )
     more = f" and {len(plan.experts) - 8} more" if len(plan.experts) > 8 else ""
     routers = f", {len(plan.routers)} router(s)" if plan.routers and not plan.is_full else ""
-    print(f"  {what}{more}{routers}: {plan.num_trainable:,} of {plan.model.num_parameters:,} parameters", end="")
+    print(
+        f"  {what}{more}{routers}: {plan.num_trainable:,} of {plan.model.num_parameters:,} parameters", end=""
+    )
     print(f" ({plan.trainable_fraction:.4%} trainable)", flush=True)
 
 
@@ -42,7 +49,9 @@ def progress_printer(steps: int) -> Callable[[Progress], None]:
 
     def show(progress: Progress) -> None:
         metrics = progress.metrics
-        terms = "  ".join(f"{k.removeprefix('loss/')} {v:+.3f}" for k, v in metrics.items() if k.startswith("loss/"))
+        terms = "  ".join(
+            f"{k.removeprefix('loss/')} {v:+.3f}" for k, v in metrics.items() if k.startswith("loss/")
+        )
         kept = [v for k, v in metrics.items() if k.startswith("overlap_top1/forget/")]
         drift = f"overlap {sum(kept) / len(kept):.3f}" if kept else ""
         print(

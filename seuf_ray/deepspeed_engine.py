@@ -45,7 +45,9 @@ class DeepSpeedEngine(LocalEngine):
         self.engine, *_ = deepspeed.initialize(
             model=self.model.module,
             optimizer=torch.optim.AdamW(
-                self._groups(parameters), lr=self.training.learning_rate, weight_decay=self.training.weight_decay
+                self._groups(parameters),
+                lr=self.training.learning_rate,
+                weight_decay=self.training.weight_decay,
             ),
             config=self._deepspeed_config(),
             dist_init_required=False,
@@ -76,7 +78,11 @@ class DeepSpeedEngine(LocalEngine):
         }
         if parallel > 1:
             family = self.model.family
-            config["expert_parallel"] = {"enabled": True, "autoep_size": parallel, "preset_model": family.preset}
+            config["expert_parallel"] = {
+                "enabled": True,
+                "autoep_size": parallel,
+                "preset_model": family.preset,
+            }
         return config
 
     def step(self, loss: Tensor, learning_rate: float) -> float:
@@ -99,7 +105,7 @@ class DeepSpeedEngine(LocalEngine):
 
 
 def _avoid_compiling() -> None:
-    """DeepSpeed would build a shared-memory all-reduce with g++ on first start; gloo's own is enough, and needs none."""
+    """DeepSpeed would compile a shared-memory all-reduce on first start; gloo's own is enough and needs no g++."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -65,7 +65,11 @@ FAMILIES = {
         Family("deepseek_v2", "n_routed_experts", preset="deepseek_v2"),
         Family("deepseek_v3", "n_routed_experts", preset="deepseek_v3", scoring="sigmoid"),
         Family(
-            "mixtral", "num_local_experts", block="block_sparse_moe", experts=("w1", "w3", "w2"), preset="mixtral"
+            "mixtral",
+            "num_local_experts",
+            block="block_sparse_moe",
+            experts=("w1", "w3", "w2"),
+            preset="mixtral",
         ),
     )
 }
@@ -91,7 +95,11 @@ def family_of(config: Mapping[str, Any]) -> Family:
     model_type = str(config.get("model_type"))
     if model_type in FAMILIES:
         return FAMILIES[model_type]
-    kind = "an unknown MoE family" if any("expert" in key for key in config) else "not a mixture-of-experts model"
+    kind = (
+        "an unknown MoE family"
+        if any("expert" in key for key in config)
+        else "not a mixture-of-experts model"
+    )
     raise ConfigError(
         f"model_type {model_type!r} is {kind}; {did_you_mean(model_type, FAMILIES)} (a new one is a row in families.py)"
     )
@@ -109,7 +117,9 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 
 
 def _has_experts(config: Mapping[str, Any], layer: int) -> bool:
-    if layer < int(config.get("first_k_dense_replace") or 0) or layer in (config.get("mlp_only_layers") or ()):
+    if layer < int(config.get("first_k_dense_replace") or 0) or layer in (
+        config.get("mlp_only_layers") or ()
+    ):
         return False
     if kinds := config.get("mlp_layer_types"):
         return bool(kinds[layer] == "sparse")

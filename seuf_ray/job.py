@@ -20,9 +20,9 @@ from seuf_ray.checkpoint import Checkpoint, resolve
 from seuf_ray.config import JobConfig, derive
 from seuf_ray.data import Row, padding_id, read_questions, read_texts, summarize, tokenize
 from seuf_ray.errors import ConfigError
-from seuf_ray.quiz import Quiz, make_quiz
 from seuf_ray.model import load_tokenizer
 from seuf_ray.passes import Targets
+from seuf_ray.quiz import Quiz, make_quiz
 
 A = TypeVar("A", bound=Artifact)
 
@@ -177,7 +177,9 @@ def claim(config: JobConfig, *outputs: str) -> None:
 
 
 def _own_fingerprint(config: JobConfig) -> str:
-    return artifacts.fingerprint(config.model_dump(mode="json", exclude={"resume", "overwrite", "output_dir"}))
+    return artifacts.fingerprint(
+        config.model_dump(mode="json", exclude={"resume", "overwrite", "output_dir"})
+    )
 
 
 def _held_by(folder: Path) -> str | None:

@@ -22,13 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seuf_ray.artifacts import UnlearningPlan
+from seuf_ray.families import PARTS
 from seuf_ray.model import MoEModel, Site
 
 
 class ExpertOverlay(nn.Module):
     """One expert's trainable copy: `gate_up (2F, D)`, `down (D, F)`, kept in float32."""
 
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, gate: Tensor, up: Tensor, down: Tensor, activation: Callable[[Tensor], Tensor]
+    ) -> None:
         super().__init__()
         self.gate_up = nn.Parameter(torch.cat([gate, up]).float())
         self.down = nn.Parameter(down.detach().clone().float())
@@ -54,7 +57,10 @@ class Overlay(nn.Module):
         self.model_family = model.family
         self.experts = nn.ModuleDict({f"{at}_{e}": _copy_expert(model, at, e) for at, e in plan.experts})
         self.routers = nn.ParameterDict(
-            {str(at): nn.Parameter(model.sites[at].gate.weight.detach().clone().float()) for at in plan.routers}
+            {
+                str(at): nn.Parameter(model.view(model.family.router_tensor(at)).clone().float())
+                for at in plan.routers
+            }
         )
         self._targets: dict[int, list[int]] = {}
         for layer, expert in plan.experts:
@@ -64,7 +70,9 @@ class Overlay(nn.Module):
         """Hook into the model's sites; called once they are what will run (after DeepSpeed replaced them)."""
         for layer in sorted({*self._targets, *map(int, self.routers)}):
             site = model.sites[layer]
-            taken: list[tuple[Tensor, Tensor, Tensor]] = []  # (tokens, scores, choices) between router and block
+            taken: list[
+                tuple[Tensor, Tensor, Tensor]
+            ] = []  # (tokens, scores, choices) between router and block
             site.router.register_forward_pre_hook(self._swap_router(site))
             site.router.register_forward_hook(self._take_rows(site, taken))
             site.block.register_forward_hook(self._add_rows(site, taken))
@@ -83,10 +91,12 @@ class Overlay(nn.Module):
         named = {self.model_family.router_tensor(int(at)): weight for at, weight in self.routers.items()}
         for key, expert in self.experts.items():
             layer, index = map(int, key.split("_"))
-            gate, up = expert.gate_up.chunk(2)
-            for part, tensor in (("gate", gate), ("up", up), ("down", expert.down)):
+            assert isinstance(expert, ExpertOverlay)
+            for part, tensor in zip(PARTS, (*expert.gate_up.chunk(2), expert.down), strict=True):
                 named[self.model_family.expert_tensor(layer, index, part)] = tensor
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(named.items())}
+        return {
+            name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(named.items())
+        }
 
     def _swap_router(self, site: Site) -> Callable[..., None]:
         """The gate sees our weight as its own attribute, which hides the frozen parameter until the router is done."""
@@ -160,5 +170,6 @@ class FullParameters(nn.Module):
 
 
 def _copy_expert(model: MoEModel, layer: int, expert: int) -> ExpertOverlay:
-    gate, up, down = (model.view(model.family.expert_tensor(layer, expert, part)) for part in ("gate", "up", "down"))
-    return ExpertOverlay(gate, up, down, model.sites[layer].block.experts.act_fn)
+    gate, up, down = (model.view(model.family.expert_tensor(layer, expert, part)) for part in PARTS)
+    experts: Any = model.sites[layer].block.get_submodule("experts")
+    return ExpertOverlay(gate, up, down, experts.act_fn)

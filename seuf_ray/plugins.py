@@ -43,7 +43,9 @@ def find(kind: str, name: str) -> type[Plugin]:
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{name!r} ({kind}): {error}; a dotted name is an importable module path") from error
+        raise ConfigError(
+            f"{name!r} ({kind}): {error}; a dotted name is an importable module path"
+        ) from error
     return _sole_class(module)
 
 
@@ -54,5 +56,7 @@ def _sole_class(module: ModuleType) -> type[Plugin]:
         if isinstance(value, type) and issubclass(value, Plugin) and value.__module__ == module.__name__
     ]
     if len(classes) != 1:
-        raise ConfigError(f"module {module.__name__} must define exactly one plug-in class, found {len(classes)}")
+        raise ConfigError(
+            f"module {module.__name__} must define exactly one plug-in class, found {len(classes)}"
+        )
     return classes[0]

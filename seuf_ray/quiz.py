@@ -45,7 +45,10 @@ class Quiz:
 
 
 def make_quiz(
-    source: str, questions: Sequence[Question], tokenizer: Tokenizer, question_format: Literal["cloze", "letters"]
+    source: str,
+    questions: Sequence[Question],
+    tokenizer: Tokenizer,
+    question_format: Literal["cloze", "letters"],
 ) -> Quiz:
     """Tokenise `questions`.
 

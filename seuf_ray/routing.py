@@ -26,8 +26,8 @@ def log_distribution(logits: Tensor, scoring: Scoring) -> Tensor:
     """(..., E) log of the routing distribution that KL compares."""
     if scoring == "softmax":
         return logits.float().log_softmax(dim=-1)
-    log_scores = torch.nn.functional.logsigmoid(logits.float())
-    return log_scores - log_scores.logsumexp(dim=-1, keepdim=True)
+    # log(s / sum(s)); log_softmax takes the maximum off first, without which very negative logits lose the sum
+    return torch.nn.functional.logsigmoid(logits.float()).log_softmax(dim=-1)
 
 
 def gates(score: Tensor, choices: Tensor) -> Tensor:
@@ -64,4 +64,4 @@ def sequence_means(values: Tensor, lengths: list[int]) -> Tensor:
         values: (N, E), the real tokens of B sequences one after the other.
         lengths: B numbers of tokens, adding up to N.
     """
-    return torch.stack([part.double().mean(dim=0) for part in values.split(lengths)])
+    return torch.stack([part.double().mean(dim=0) for part in torch.split(values, lengths)])

@@ -23,9 +23,9 @@ from seuf_ray import evaluation
 from seuf_ray.config import JobConfig, TrainingConfig
 from seuf_ray.data import Row, Sampler, collate, shard
 from seuf_ray.engine import Engine
-from seuf_ray.quiz import Quiz
 from seuf_ray.passes import Batch, Forward, Targets
 from seuf_ray.plugins import Plugin
+from seuf_ray.quiz import Quiz
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,10 @@ class Steps:
     def _passes(self, step: int) -> dict[str, Forward]:
         batches = {name: self._batch(name, step) for name in ("forget", "retain") if self._uses(name)}
         references = sorted(name for name in self.needed if name.endswith("_ref"))
-        forwards = {name: self.engine.forward(batches[name.removesuffix("_ref")], reference=True) for name in references}
+        forwards = {
+            name: self.engine.forward(batches[name.removesuffix("_ref")], reference=True)
+            for name in references
+        }
         for name in sorted(self.needed.difference(references)):
             forwards[name] = self.engine.forward(batches[name], grad=True)
         return forwards

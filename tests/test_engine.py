@@ -83,7 +83,9 @@ def test_an_untrained_overlay_changes_nothing(folder: Path) -> None:
     torch.testing.assert_close(on.logps[on.mask], off.logps[off.mask], atol=5e-6, rtol=0)
 
 
-def test_the_trained_overlay_is_the_merged_checkpoint_in_plain_transformers(folder: Path, tmp_path: Path) -> None:
+def test_the_trained_overlay_is_the_merged_checkpoint_in_plain_transformers(
+    folder: Path, tmp_path: Path
+) -> None:
     engine, batch = _engine(folder, EXPERTS), random_batch()
     before = engine.forward(batch)
     _ascend(engine)
@@ -134,7 +136,9 @@ def test_gradients_are_those_of_the_same_tensors_inside_the_plain_model(folder: 
 def test_bfloat16_weights_train_a_float32_overlay(qwen: Path) -> None:
     checkpoint = Checkpoint(qwen)
     engine = LocalEngine(
-        MoEModel(checkpoint, torch.bfloat16), make_plan(checkpoint, EXPERTS), TrainingConfig(learning_rate=1e-3)
+        MoEModel(checkpoint, torch.bfloat16),
+        make_plan(checkpoint, EXPERTS),
+        TrainingConfig(learning_rate=1e-3),
     )
     start = engine.forward(random_batch()).nll()
     _ascend(engine)
@@ -188,7 +192,9 @@ def _check_two_processes(folder: Path, cluster: dict[str, int]) -> None:
 def _assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in found.items():
-        torch.testing.assert_close(tensor, expected[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            tensor, expected[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_full_training_is_plain_data_parallel(qwen: Path) -> None:

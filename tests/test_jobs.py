@@ -62,7 +62,9 @@ def test_mistakes_in_the_job_file_are_one_message_and_no_traceback(
 def test_the_demo_is_valid_and_complete() -> None:
     config = load(ROOT / "jobs" / "demo.toml")
     assert config.cluster.num_workers == config.cluster.expert_parallel_size == 2
-    assert config.training.stop_at_forget_accuracy is None  # a fixed number of steps for every row of the table
+    assert (
+        config.training.stop_at_forget_accuracy is None
+    )  # a fixed number of steps for every row of the table
     assert len(config.compare) >= 2
 
 

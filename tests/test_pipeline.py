@@ -76,7 +76,9 @@ def test_every_artifact_names_what_it_was_made_from(artifacts: dict[str, Any]) -
     assert made_from["plan"]["attribution"] == artifacts["attribution"].fingerprint
     assert made_from["patch"]["plan"] == artifacts["plan"].fingerprint
     assert made_from["after"]["patch"] == artifacts["patch"].fingerprint == artifacts["after"].patch
-    assert {artifact.model.fingerprint for artifact in artifacts.values()} == {artifacts["plan"].model.fingerprint}
+    assert {artifact.model.fingerprint for artifact in artifacts.values()} == {
+        artifacts["plan"].model.fingerprint
+    }
 
 
 def test_progress_reaches_the_driver_and_metrics_jsonl(finished: tuple[Job, list[Progress]]) -> None:
@@ -99,7 +101,9 @@ def test_the_original_does_not_drift_and_the_patch_does(artifacts: dict[str, Any
     assert sum(s.count for s in after.forget.values()) == 24
 
 
-def test_diff_lists_exactly_the_plans_tensors(artifacts: dict[str, Any], finished: Any, tmp_path: Path) -> None:
+def test_diff_lists_exactly_the_plans_tensors(
+    artifacts: dict[str, Any], finished: Any, tmp_path: Path
+) -> None:
     job, _ = finished
     patch.apply(job.checkpoint.folder, job.path("patch"), tmp_path / "patched")
     differences = patch.diff(job.checkpoint.folder, tmp_path / "patched")
@@ -110,7 +114,9 @@ def test_the_patched_folder_is_the_trained_model_in_plain_transformers(finished:
     job, _ = finished
     patch.apply(job.checkpoint.folder, job.path("patch"), tmp_path / "patched")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "patched", dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(tmp_path / "patched")("The symbol of gold is", return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(tmp_path / "patched")(
+        "The symbol of gold is", return_tensors="pt"
+    ).input_ids
     trained = MoEModel(job.checkpoint)
     trained.exchange(patch.read(job.path("patch"))[1])
     with torch.no_grad():
@@ -130,7 +136,9 @@ def test_attribution_is_the_same_to_the_last_bit_with_two_actors(
     assert again.layers == artifacts["attribution"].layers
 
 
-def test_one_worker_trains_the_same_patch_as_two(finished: Any, artifacts: dict[str, Any], tmp_path: Path) -> None:
+def test_one_worker_trains_the_same_patch_as_two(
+    finished: Any, artifacts: dict[str, Any], tmp_path: Path
+) -> None:
     """In float32, and before rounding to the checkpoint's bfloat16 the difference is about 1e-6."""
     job, _ = finished
     alone = ["cluster.num_workers=1", "cluster.expert_parallel_size=1", f"output_dir={str(tmp_path)!r}"]
@@ -156,10 +164,16 @@ def test_resume_keeps_what_is_finished(finished: Any, artifacts: dict[str, Any])
 def test_output_of_another_run_is_not_touched(finished: Any) -> None:
     job, _ = finished
     before = {path: path.stat().st_mtime_ns for path in job.config.output_dir.rglob("*") if path.is_file()}
-    for overrides, said in (([], "resume=true"), (["seed=1"], "another run"), (["seed=1", "resume=true"], "another run")):
+    for overrides, said in (
+        ([], "resume=true"),
+        (["seed=1"], "another run"),
+        (["seed=1", "resume=true"], "another run"),
+    ):
         with pytest.raises(ConfigError, match=said):
             claim(derive(job.config, overrides), *EVERYTHING)
-    assert before == {path: path.stat().st_mtime_ns for path in job.config.output_dir.rglob("*") if path.is_file()}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in job.config.output_dir.rglob("*") if path.is_file()
+    }
 
 
 def test_a_plan_for_another_model_is_refused(finished: Any, tmp_path: Path) -> None:
@@ -176,7 +190,9 @@ def test_a_patch_is_refused_by_another_base(finished: Any, tmp_path: Path) -> No
     with pytest.raises(MismatchError):
         patch.apply(resolve("embedded:unspecialised"), job.path("patch"), tmp_path / "out")
     with pytest.raises(MismatchError, match="unspecialised"):
-        evaluate(Job(make_config(tmp_path / "run", model={"name": "embedded:unspecialised"})), job.path("patch"))
+        evaluate(
+            Job(make_config(tmp_path / "run", model={"name": "embedded:unspecialised"})), job.path("patch")
+        )
     assert not (tmp_path / "out").exists()
 
 

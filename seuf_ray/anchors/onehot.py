@@ -24,8 +24,12 @@ from seuf_ray.plugins import Plugin
 class OneHotAnchor(Plugin):
     name: Literal["onehot"] = "onehot"
     weight: float = Field(1.0, ge=0, description="weight of the anchor (alpha in the paper)")
-    reduction: Literal["sum", "mean"] = Field("sum", description="over experts: sum is Eq. 3, mean the authors' code")
-    values: Literal["gates", "scores"] = Field("gates", description="gates is Eq. 3, scores the authors' code")
+    reduction: Literal["sum", "mean"] = Field(
+        "sum", description="over experts: sum is Eq. 3, mean the authors' code"
+    )
+    values: Literal["gates", "scores"] = Field(
+        "gates", description="gates is Eq. 3, scores the authors' code"
+    )
 
     def loss(self, targets: Targets, forget: Forward) -> dict[str, Tensor]:
         distances = [forget.mean_routed(self._distance(targets, forget, layer)) for layer in targets.routers]

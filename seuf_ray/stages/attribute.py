@@ -38,7 +38,12 @@ class Attributor:
         logits, choices = self.model.route(collate(rows, self.pad_id).to(self.model.device))
         found = unit_statistics(logits, choices, [len(row.ids) for row in rows], self.model.shape)
         sums = {name: getattr(found, name).ravel().tolist() for name in FIELDS}
-        return {"unit_id": record["unit_id"], **sums, "sequences": found.num_sequences, "tokens": found.num_tokens}
+        return {
+            "unit_id": record["unit_id"],
+            **sums,
+            "sequences": found.num_sequences,
+            "tokens": found.num_tokens,
+        }
 
 
 def attribute(job: Job) -> AttributionReport:
@@ -72,5 +77,5 @@ def first_tokens(rows: list[Row], max_tokens: int | None) -> list[Row]:
 
 
 def _statistics(result: dict[str, Any], size: tuple[int, int]) -> RoutingStatistics:
-    arrays = [np.array(result[name], dtype=np.int64).reshape(size) for name in FIELDS]
-    return RoutingStatistics(*arrays, num_sequences=result["sequences"], num_tokens=result["tokens"])
+    arrays = {name: np.array(result[name], dtype=np.int64).reshape(size) for name in FIELDS}
+    return RoutingStatistics(**arrays, num_sequences=result["sequences"], num_tokens=result["tokens"])

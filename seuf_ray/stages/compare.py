@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from seuf_ray.artifacts import AttributionReport, Comparison, ComparisonRow, CurvePoint, EvaluationReport, provenance
-from seuf_ray.artifacts import UnlearningPlan
+from seuf_ray.artifacts import (
+    AttributionReport,
+    Comparison,
+    ComparisonRow,
+    CurvePoint,
+    EvaluationReport,
+    UnlearningPlan,
+    provenance,
+)
 from seuf_ray.console import heading, progress_printer, show_plan
 from seuf_ray.evaluation import interpolate_utility
 from seuf_ray.job import AFTER, EVERYTHING, PLAN, Job, claim, derive_variant, read_input, read_metrics
@@ -22,7 +29,9 @@ def compare(job: Job, report: AttributionReport, before: EvaluationReport) -> Co
         rows.append(run_variant(job, variant.name, report))
     comparison = Comparison(
         model=job.identity,
-        provenance=provenance(job.config.seed, attribution=report.fingerprint, model=job.identity.fingerprint),
+        provenance=provenance(
+            job.config.seed, attribution=report.fingerprint, model=job.identity.fingerprint
+        ),
         forget=job.config.data.forget,
         matched_level=MATCHED_LEVEL,
         rows=rows,
@@ -48,7 +57,8 @@ def summarize_run(job: Job, name: str) -> ComparisonRow:
     targets = read_input(job, UnlearningPlan, PLAN)
     metrics = read_metrics(job)
     curve = [
-        CurvePoint(step=int(m["step"]), forget_accuracy=m["forget_accuracy"], utility=m["utility"]) for m in metrics
+        CurvePoint(step=int(m["step"]), forget_accuracy=m["forget_accuracy"], utility=m["utility"])
+        for m in metrics
     ]
     return ComparisonRow(
         name=name,

@@ -35,7 +35,11 @@ def rows_of(record: dict[str, Any]) -> list[Row]:
 
 
 def through_actors(
-    records: Sequence[dict[str, Any]], actor: type, arguments: dict[str, Any], num_actors: int, cluster: ClusterConfig
+    records: Sequence[dict[str, Any]],
+    actor: type,
+    arguments: dict[str, Any],
+    num_actors: int,
+    cluster: ClusterConfig,
 ) -> Iterator[dict[str, Any]]:
     """Every unit through a pool of `num_actors` actors; yields one result per unit, in any order.
 

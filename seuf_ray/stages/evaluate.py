@@ -20,7 +20,7 @@ from torch import Tensor
 from seuf_ray import evaluation, patch
 from seuf_ray.artifacts import EvaluationReport, Statistic, provenance
 from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.data import Row, collate, units
+from seuf_ray.data import collate, units
 from seuf_ray.job import AFTER, BEFORE, Job
 from seuf_ray.model import MoEModel
 from seuf_ray.passes import Forward
@@ -70,7 +70,7 @@ class Evaluator:
 
 
 def evaluate(job: Job, patch_folder: Path | None = None) -> EvaluationReport:
-    """Evaluate the original, or the original with a patch; writes `evaluation_before.json` or `evaluation_after.json`."""
+    """Evaluate the original, or it with a patch; writes `evaluation_before.json` or `evaluation_after.json`."""
     name = AFTER if patch_folder else BEFORE
     if (kept := job.kept(EvaluationReport, name)) is not None:
         return kept
@@ -85,7 +85,9 @@ def evaluate(job: Job, patch_folder: Path | None = None) -> EvaluationReport:
         "use_gpu": config.cluster.gpus_per_worker > 0,
         "tensors": ray.put(tensors),
     }
-    results = through_actors(_records(job), Evaluator, arguments, config.attribution.num_actors, config.cluster)
+    results = through_actors(
+        _records(job), Evaluator, arguments, config.attribution.num_actors, config.cluster
+    )
     made_from = {"model": job.identity.fingerprint} | ({"patch": manifest.fingerprint} if manifest else {})
     report = EvaluationReport(
         model=job.identity,
@@ -104,7 +106,11 @@ def _records(job: Job) -> list[dict[str, Any]]:
     for kind, quizzes in (("forget", job.forget_quizzes), ("utility", job.utility_quizzes)):
         for quiz in quizzes:
             for unit in quiz.units(max(1, unit_rows // quiz.num_choices)):
-                more = {"group": f"{kind}/{quiz.source}", "answers": unit.answers, "num_choices": unit.num_choices}
+                more = {
+                    "group": f"{kind}/{quiz.source}",
+                    "answers": unit.answers,
+                    "num_choices": unit.num_choices,
+                }
                 records.append(as_record(len(records), unit.rows, **more))
     texts = {"nll": job.perplexity.rows, "drift/forget": job.forget.rows, "drift/retain": job.retain.rows}
     for group, rows in texts.items():
@@ -119,7 +125,10 @@ def _add(results: list[dict[str, Any]]) -> Sums:
         for found in result["found"]:
             parts[result["group"]][found["figure"]].append((found["sum"], found["count"]))
     return {
-        group: {name: Statistic(sum=math.fsum(s for s, _ in v), count=math.fsum(n for _, n in v)) for name, v in f.items()}
+        group: {
+            name: Statistic(sum=math.fsum(s for s, _ in v), count=math.fsum(n for _, n in v))
+            for name, v in f.items()
+        }
         for group, f in parts.items()
     }
 
@@ -127,7 +136,10 @@ def _add(results: list[dict[str, Any]]) -> Sums:
 def _fields(job: Job, sums: Sums) -> dict[str, Any]:
     layers = job.checkpoint.shape.moe_layers
     drift = {
-        figure: {side: {at: sums[f"drift/{side}"][f"{figure}/{at}"] for at in layers} for side in ("forget", "retain")}
+        figure: {
+            side: {at: sums[f"drift/{side}"][f"{figure}/{at}"] for at in layers}
+            for side in ("forget", "retain")
+        }
         for figure in FIGURES
     }
     return {

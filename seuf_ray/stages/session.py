@@ -32,7 +32,9 @@ def session(cluster: ClusterConfig) -> Iterator[None]:
             os.environ.setdefault(key, value)
         arguments = _arguments(cluster)
         if arguments.get("address", "") == "" and arguments:
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # a laptop's terminal; clusters keep their logs
+            os.environ.setdefault(
+                "RAY_BACKEND_LOG_LEVEL", "fatal"
+            )  # a laptop's terminal; clusters keep their logs
         logging.getLogger("ray.data").setLevel(logging.WARNING)
         ray.init(**arguments)
     try:
@@ -72,5 +74,6 @@ def require(cluster: ClusterConfig) -> None:
         if needed > there.get(name, 0.0):
             raise ConfigError(
                 f"cluster.num_workers = {cluster.num_workers} needs {needed:g} {name} "
-                f"({each:g} each), the Ray cluster has {there.get(name, 0.0):g} (autoscaling: set RAY_CLUSTER_AUTOSCALES=1)"
+                f"({each:g} each), the Ray cluster has {there.get(name, 0.0):g} "
+                "(on a cluster that autoscales, set RAY_CLUSTER_AUTOSCALES=1)"
             )

@@ -44,7 +44,9 @@ def unlearn(job: Job, plan: UnlearningPlan, listener: Listener | None = None) ->
     """
     if job.kept(PatchManifest, "patch/manifest.json") is not None:
         return job.path("patch")
-    shutil.rmtree(job.path("train"), ignore_errors=True)  # of an interrupted run; Ray Train would take it for its own
+    shutil.rmtree(
+        job.path("train"), ignore_errors=True
+    )  # of an interrupted run; Ray Train would take it for its own
     job.path("metrics.jsonl").unlink(missing_ok=True)
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = _trainer(job, plan, queue)
@@ -98,7 +100,9 @@ def _trainer(job: Job, plan: UnlearningPlan, queue: Queue) -> _Fit:
     environment = {"OMP_NUM_THREADS": str(_threads(config))}
     if not cluster.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
-    resources = {"CPU": cluster.cpus_per_worker} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    resources = {"CPU": cluster.cpus_per_worker} | (
+        {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
+    )
     return _Fit(
         TorchTrainer(
             _work,
@@ -133,9 +137,14 @@ def make_task(job: Job) -> Task:
         retain=job.retain.rows,
         quizzes={
             "forget": [quiz.sample(max(1, most // len(job.forget_quizzes))) for quiz in job.forget_quizzes],
-            "utility": [quiz.sample(max(1, most // len(job.utility_quizzes))) for quiz in job.utility_quizzes],
+            "utility": [
+                quiz.sample(max(1, most // len(job.utility_quizzes))) for quiz in job.utility_quizzes
+            ],
         },
-        probes={name: spread(rows, 64) for name, rows in (("forget", job.forget.rows), ("retain", job.retain.rows))},
+        probes={
+            name: spread(rows, 64)
+            for name, rows in (("forget", job.forget.rows), ("retain", job.retain.rows))
+        },
         pad_id=job.pad_id,
     )
 
@@ -187,5 +196,3 @@ def _append(path: Path, progress: Progress) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-

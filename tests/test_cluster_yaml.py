@@ -1,0 +1,98 @@
+"""cluster.yaml and jobs/runtime_env.yaml, offline: Ray's own schema, the EC2 API's, versions and shell syntax."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import botocore.session
+import pytest
+import ray
+import yaml
+from botocore.validate import ParamValidator
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.runtime_env import RuntimeEnv
+
+ROOT = Path(__file__).resolve().parent.parent
+CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+NODE_TYPES: dict[str, Any] = CLUSTER["available_node_types"]
+RUN_INSTANCES = (
+    botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _commands() -> list[str]:
+    return [line for key, lines in CLUSTER.items() if key.endswith("_commands") for line in lines]
+
+
+def test_ray_accepts_the_file() -> None:
+    validate_config(prepare_config(copy.deepcopy(CLUSTER)))
+
+
+def test_ray_would_notice_a_misspelt_key() -> None:
+    broken = {**copy.deepcopy(CLUSTER), "max_wokers": 1}
+    with pytest.raises(Exception, match="max_wokers"):
+        validate_config(prepare_config(broken))
+
+
+@pytest.mark.parametrize("name", NODE_TYPES)
+def test_ec2_accepts_the_node(name: str) -> None:
+    request = {**NODE_TYPES[name]["node_config"], "MinCount": 1, "MaxCount": 1}
+    assert ParamValidator().validate(request, RUN_INSTANCES).generate_report() == ""
+    assert request["InstanceType"] in RUN_INSTANCES.members["InstanceType"].enum
+
+
+def test_nothing_is_rented_before_it_is_asked_for() -> None:
+    head = NODE_TYPES[CLUSTER["head_node_type"]]
+    assert head["resources"] == {"CPU": 0}  # no training process may land on the head
+    workers = {name: node for name, node in NODE_TYPES.items() if name != CLUSTER["head_node_type"]}
+    assert [node["min_workers"] for node in workers.values()] == [0] * len(workers)
+    assert all(0 < node["max_workers"] <= CLUSTER["max_workers"] for node in workers.values())
+
+
+def test_versions_are_pinned_to_the_tested_ones() -> None:
+    images = [text for text in _strings(CLUSTER) if text.startswith("rayproject/")]
+    assert images and all(image.split(":")[1].startswith(f"{ray.__version__}-py311") for image in images)
+    pins = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if line[:1].isalpha()
+    )
+    assert pins["ray"] == ray.__version__
+    assert any(f"]=={ray.__version__}" in command for command in _commands())
+    assert any(f"torch=={pins['torch']}" in command for command in _commands())
+
+
+def test_commands_are_shell() -> None:
+    assert _commands()
+    for command in _commands():
+        assert shlex.split(command), command
+
+
+def test_the_head_scales_and_every_process_needs_the_token() -> None:
+    starts = [line for line in CLUSTER["head_start_ray_commands"] if "ray start" in line]
+    assert starts and all("--autoscaling-config=~/ray_bootstrap_config.yaml" in line for line in starts)
+    assert all("$RAY_HEAD_IP" in line for line in CLUSTER["worker_start_ray_commands"] if "ray start" in line)
+    options = " ".join(CLUSTER["docker"]["run_options"])
+    token = options.split("RAY_AUTH_TOKEN_PATH=")[1].split()[0]
+    assert "RAY_AUTH_MODE=token" in options and token in CLUSTER["file_mounts"]
+
+
+def test_runtime_env() -> None:
+    document = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
+    assert document["working_dir"] == "."
+    assert {".venv/", "runs/"} <= set(document["excludes"])
+    assert all(isinstance(value, str) for value in document["env_vars"].values())
+    RuntimeEnv(
+        env_vars=document["env_vars"], excludes=document["excludes"]
+    )  # raises for keys Ray does not know
+    assert not set(document) - {"working_dir", "excludes", "env_vars"}  # packages belong into the image
