@@ -171,7 +171,7 @@ class UnlearningPlan(Artifact):
     @property
     def first_layer(self) -> int:
         """The lowest layer that changes; layers below it compute the same as in the original."""
-        return 0 if self.is_full else min(self.routers)
+        return 0 if self.is_full else min([*self.routers, *(layer for layer, _ in self.experts)])
 
 
 class TensorChange(Record):

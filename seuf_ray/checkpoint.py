@@ -1,12 +1,15 @@
-"""Hugging Face folders by tensor name: lazy reads, digests, and whole copies with a few tensors exchanged.
+"""Hugging Face folders by tensor name: lazy reads, and whole copies with a few tensors exchanged.
 
     folder = config.json | model.safetensors, or model.safetensors.index.json and shards | tokenizer files
-    shard  = u64 length of the header | JSON {name: {dtype, shape, data_offsets}} | the tensors' bytes
 
 Only headers are read until a tensor is asked for, so a checkpoint of 671 B parameters opens in seconds. A
 replaced tensor keeps its dtype and shape, hence its place in the shard: `rewrite` copies every file and
 overwrites those bytes only, which needs the memory of one tensor and leaves all others bit for bit as they
 were. Pickles and code are neither read nor copied. torch loads where tensors are touched: `--help` is quick.
+
+Block-scaled float8 (DeepSeek-V3) is read as the bfloat16 that it stands for:
+
+    name (M, N) F8_E4M3 | name_scale_inv (ceil(M / 128), ceil(N / 128)) F32 -> bfloat16(weight * scale of its block)
 """
 
 from __future__ import annotations
@@ -14,40 +17,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from safetensors import SafetensorError, safe_open
-
-from seuf_ray import embedded
+from seuf_ray import embedded, shards
 from seuf_ray.artifacts import ModelIdentity
 from seuf_ray.errors import ConfigError, MismatchError
 from seuf_ray.families import family_of, shape_of
+from seuf_ray.shards import INDEX, SINGLE, Entry, digest
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+__all__ = ["INDEX", "SINGLE", "Checkpoint", "Entry", "digest", "resolve", "rewrite"]
+
 COMPANIONS = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")  # config, tokenizer, chat template
-_VOLATILE = {
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-}  # who saved it and how to load it, not what it is
-
-
-class Entry(NamedTuple):
-    """A tensor in a shard's header: dtype in safetensors' words (F32, BF16), and the byte it begins at."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
+# Who saved it and how to load it, not what it is.
+_VOLATILE = {"transformers_version", "torch_dtype", "dtype"}
 
 
 def resolve(name: str, revision: str | None = None) -> Path:
@@ -97,45 +88,73 @@ class Checkpoint:
 
     Attributes:
         folder, config, family, shape: where it is, its config.json, and what that says.
-        files: tensor name -> file name of the shard that holds it.
+        files: tensor name -> file name of the shard that holds it; scales of float8 tensors are not among them.
         entries: tensor name -> what the shard's header says of it.
+        scales: name of a block-scaled float8 tensor -> (shard, entry) of its scales.
+        block: rows and columns that share a scale.
 
     Raises:
-        ConfigError: an unknown family, pickles only, or a missing, truncated or incomplete shard.
+        ConfigError: an unknown family, an incomplete config.json, pickles only, a missing, truncated or
+            incomplete shard, or a float8 tensor without scales of the right shape.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_json(folder / "config.json")
+        self.config = shards.read_json(folder / "config.json")
         try:
             self.family, self.shape = family_of(self.config), shape_of(self.config)
-        except KeyError as error:
-            raise ConfigError(f"{folder / 'config.json'}: key {error} is missing") from error
-        self.files, self.entries = _read_headers(folder)
-        self._handles: dict[str, Any] = {}
+        except ConfigError as error:
+            raise ConfigError(f"{folder}: {error}") from error
+        self.files, self.entries = shards.headers(folder)
+        self.block = self._block_size()
+        self.scales = shards.take_scales(folder, self.files, self.entries, self.block)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handles": {}}  # open files do not travel to other processes
+    def _block_size(self) -> tuple[int, int]:
+        block = (self.config.get("quantization_config") or {}).get("weight_block_size") or (128, 128)
+        if len(block) != 2 or not all(isinstance(size, int) and size > 0 for size in block):
+            raise ConfigError(
+                f"{self.folder}: weight_block_size must be two positive integers, found {block}"
+            )
+        return block[0], block[1]
 
     def info(self, name: str) -> tuple[str, tuple[int, ...]]:
-        """(dtype, shape) of a tensor as in `("BF16", (32, 64))`; raises MismatchError where there is none."""
+        """(dtype, shape) as stored, as in `("BF16", (32, 64))`; raises MismatchError where there is no such tensor."""
         if name not in self.entries:
             raise MismatchError(f"{self.folder} has no tensor {name!r}, only {len(self.entries)} others")
         return self.entries[name][:2]
 
     def read(self, name: str, index: int | None = None) -> Tensor:
-        """A tensor, or its slice `[index]` along the first dimension; a copy that the caller may change."""
+        """A tensor, or its slice `[index]` along the first dimension, in memory of its own; float8 as bfloat16.
+
+        Raises:
+            MismatchError: there is no such tensor.
+            ConfigError: its shard is gone or truncated.
+        """
         self.info(name)
-        shard = self.files[name]
-        if shard not in self._handles:
-            self._handles[shard] = safe_open(self.folder / shard, framework="pt")
-        handle = self._handles[shard]
-        tensor: Tensor = handle.get_tensor(name) if index is None else handle.get_slice(name)[index]
-        return tensor.clone()  # the original is a view of the mapped file that later reads would share
+        path, entry = self.folder / self.files[name], self.entries[name]
+        if name not in self.scales:
+            return shards.read(path, entry if index is None else entry.at(index))
+        shard, scale_entry = self.scales[name]
+        scale = shards.read(self.folder / shard, scale_entry)
+        tensor = shards.dequantise(shards.read(path, entry), scale, self.block)
+        return tensor if index is None else tensor[index].clone()
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Fill `target`, which has the tensor's shape, casting to its dtype; without a copy where there is no cast."""
+        entry = self.entries[name]
+        is_plain = name not in self.scales and target.is_contiguous() and target.device.type == "cpu"
+        if is_plain and target.dtype == entry.torch_dtype:
+            shards.read_into(self.folder / self.files[name], entry, target)
+        else:
+            target.copy_(self.read(name))
 
     @property
     def num_parameters(self) -> int:
         return sum(math.prod(entry.shape) for entry in self.entries.values())
+
+    @property
+    def shard_names(self) -> list[str]:
+        return sorted({*self.files.values(), *(shard for shard, _ in self.scales.values())})
 
     def identity(self, name: str, revision: str | None = None) -> ModelIdentity:
         """What artifacts say of this checkpoint: `name` as it was written, the hub's commit if it has one.
@@ -151,7 +170,7 @@ class Checkpoint:
         for tensor, entry in sorted(self.entries.items()):
             total.update(f"{tensor} {entry.dtype} {entry.shape}\n".encode())
         for layer in self.shape.moe_layers:
-            total.update(_raw(self.read(self._router(layer))))
+            total.update(shards.raw(self.read(self._router(layer))))
         return ModelIdentity(
             name=name,
             revision=self.folder.name if self.folder.parent.name == "snapshots" else revision,
@@ -164,42 +183,12 @@ class Checkpoint:
         name = self.family.router_tensor(layer)
         if name not in self.files:
             pattern = re.compile(rf"\.{layer}\..*\b(gate|router)\.weight$")
-            similar = [other for other in sorted(self.files) if pattern.search(other)] or [
-                "none in that layer"
-            ]
+            similar = [other for other in sorted(self.files) if pattern.search(other)]
             raise ConfigError(
                 f"{self.folder}: router {name!r} is missing, which every {self.family.model_type} checkpoint "
-                f"on the hub has; routers here: {', '.join(similar)}"
+                f"on the hub has; routers here: {', '.join(similar) or 'none in that layer'}"
             )
         return name
-
-
-def header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; raises ConfigError where it is missing or truncated."""
-    try:  # opening checks that the offsets cover the file
-        with safe_open(path, framework="pt"), path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file") from error
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: truncated, or not a safetensors file ({error})") from error
-    if not text.rstrip(b" ").endswith(b"}"):
-        raise ConfigError(f"{path}: the header is padded with something else than spaces")
-    document = json.loads(text)
-    metadata = document.pop("__metadata__", {})
-    data = 8 + length
-    entries = {
-        n: Entry(v["dtype"], tuple(v["shape"]), data + v["data_offsets"][0]) for n, v in document.items()
-    }
-    return entries, metadata
-
-
-def digest(tensor: Tensor) -> str:
-    """sha256 of dtype, shape and raw little-endian bytes: equal exactly for bitwise equal tensors."""
-    total = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    total.update(_raw(tensor))
-    return total.hexdigest()
 
 
 def rewrite(base: Checkpoint, replacements: Mapping[str, Tensor], out: Path) -> None:
@@ -218,10 +207,10 @@ def rewrite(base: Checkpoint, replacements: Mapping[str, Tensor], out: Path) -> 
         raise ConfigError(f"{out}: exists and is not empty; a checkpoint is written to a new folder only")
     with _aside(out.resolve()) as folder:
         for path in _companions(base.folder):
-            _copy(path, folder / path.name, {})
-        for shard in sorted(set(base.files.values())):
+            shards.copy(path, folder / path.name, {})
+        for shard in base.shard_names:
             changed = {base.entries[n].start: t for n, t in replacements.items() if base.files[n] == shard}
-            _copy(base.folder / shard, folder / shard, changed)
+            shards.copy(base.folder / shard, folder / shard, changed)
         written = Checkpoint(folder)
         for name, tensor in replacements.items():
             if digest(written.read(name)) != digest(tensor):
@@ -229,10 +218,12 @@ def rewrite(base: Checkpoint, replacements: Mapping[str, Tensor], out: Path) -> 
 
 
 def _require_like(base: Checkpoint, name: str, tensor: Tensor) -> None:
-    stored = base.read(name)
-    if (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape):
+    _, shape = base.info(name)
+    dtype = base.entries[name].torch_dtype
+    if name in base.scales or (dtype, shape) != (tensor.dtype, tuple(tensor.shape)):
+        scaled = " in scaled blocks" if name in base.scales else ""
         raise MismatchError(
-            f"tensor {name!r}: {base.folder} stores {stored.dtype} {tuple(stored.shape)}, "
+            f"tensor {name!r}: {base.folder} stores {dtype} {shape}{scaled}, "
             f"the replacement is {tensor.dtype} {tuple(tensor.shape)}"
         )
 
@@ -244,28 +235,11 @@ def _aside(out: Path) -> Iterator[Path]:
     folder.mkdir(parents=True)
     try:
         yield folder
-        sync(folder)
+        shards.sync(folder)
         folder.rename(out)  # also onto an empty folder
-        sync(out.parent)
+        shards.sync(out.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _copy(source: Path, target: Path, changed: Mapping[int, Tensor]) -> None:
-    """Copy a file (no link: `out` must outlive it), then overwrite the tensors at these byte offsets."""
-    shutil.copyfile(source, target)
-    with target.open("r+b") as file:
-        for start, tensor in changed.items():
-            file.seek(start)
-            file.write(_raw(tensor))
-    sync(target)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _companions(folder: Path) -> list[Path]:
@@ -273,44 +247,3 @@ def _companions(folder: Path) -> list[Path]:
     index = None if (folder / SINGLE).is_file() else INDEX
     paths = {path for pattern in (*COMPANIONS, "LICENSE*") for path in folder.glob(pattern) if path.is_file()}
     return sorted(path for path in paths if not path.name.endswith(".index.json") or path.name == index)
-
-
-def _read_headers(folder: Path) -> tuple[dict[str, str], dict[str, Entry]]:
-    """(tensor -> shard, tensor -> entry); a single file wins over an index, as in transformers."""
-    if (folder / SINGLE).is_file():
-        entries, _ = header(folder / SINGLE)
-        return dict.fromkeys(entries, SINGLE), entries
-    files = _read_index(folder)
-    headers = {shard: header(folder / shard)[0] for shard in sorted(set(files.values()))}
-    for name, shard in files.items():
-        if name not in headers[shard]:
-            raise ConfigError(f"{folder / shard}: tensor {name!r} is missing, which {INDEX} places here")
-    return files, {name: headers[shard][name] for name, shard in files.items()}
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    if not (folder / INDEX).is_file():
-        found = ", ".join(sorted(path.name for path in folder.glob("*.bin"))[:3]) or "no weights"
-        raise ConfigError(f"{folder}: safetensors only; expected {SINGLE} or {INDEX}, found {found}")
-    files = _read_json(folder / INDEX).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise ConfigError(f"{folder / INDEX}: weight_map must map tensors to files, found {str(files)[:50]}")
-    for shard in files.values():
-        if Path(str(shard)).name != shard:
-            raise ConfigError(f"{folder / INDEX}: weight_map must name files of this folder, found {shard!r}")
-    return files
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        raise ConfigError(f"{path}: not readable as a JSON object ({error})") from error
-
-
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order; torch and safetensors both are little-endian."""
-    import torch
-
-    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-    return memoryview(data)

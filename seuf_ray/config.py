@@ -159,6 +159,7 @@ class ClusterConfig(Section):
     engine: Literal["auto", "local", "deepspeed"] = Field(
         "auto", description="auto: deepspeed for several workers"
     )
+    max_failures: int = Field(2, ge=0, description="worker failures after which training gives up")
     cpus_per_worker: float = Field(1.0, gt=0, description="CPUs of one worker or actor")
     gpus_per_worker: float = Field(0.0, ge=0, description="GPUs of one worker or actor")
 
@@ -180,6 +181,51 @@ class InputsConfig(Section):
     attribution: Path | None = Field(None, description="attribution.json of another run to start from")
     plan: Path | None = Field(None, description="plan.json of another run to train")
     patch: Path | None = Field(None, description="patch folder of another run to evaluate")
+
+
+class GuardsConfig(Section):
+    min_utility: float | None = Field(
+        None, ge=0, le=1, description="end the run when utility falls under this"
+    )
+    max_drift: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="... when 1 - top-k overlap on forget tokens, over all MoE layers, exceeds this",
+    )
+    max_kl: float | None = Field(
+        None, gt=0, description="... when the routing KL on forget tokens exceeds this"
+    )
+    action: Literal["stop", "rollback"] = Field(
+        "rollback", description="keep the tensors, or go back to the best step"
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="which step's tensors are the result of a whole run"
+    )
+    metric: Literal["gap", "utility", "forget_accuracy"] = Field(
+        "gap",
+        description="what best means: utility - forget accuracy, highest utility, lowest forget accuracy",
+    )
+
+    @property
+    def has_limits(self) -> bool:
+        return any(limit is not None for limit in (self.min_utility, self.max_drift, self.max_kl))
+
+
+class EngineConfig(Section):
+    prefix_cache_bytes: int = Field(
+        2**30,
+        ge=0,
+        description="memory per worker for what frozen layers compute for a batch; more goes to files",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute layers in the backward pass: less memory"
+    )
+    micro_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="rows per forward pass of one worker; a larger batch is accumulated. Default: all",
+    )
 
 
 class Variant(Section):
@@ -206,6 +252,8 @@ class JobConfig(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
+    engine: EngineConfig = EngineConfig()
+    guards: GuardsConfig = GuardsConfig()
     inputs: InputsConfig = InputsConfig()
     compare: list[Variant] = Field([], description="further variants that the pipeline trains for its tables")
 

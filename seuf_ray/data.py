@@ -6,18 +6,14 @@ function of its arguments: every worker gets the same units and batches, and a s
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from seuf_ray.artifacts import DataSummary
 from seuf_ray.config import DataConfig
 from seuf_ray.errors import DataError
-from seuf_ray.passes import Batch
 from seuf_ray.sources import Found, collect
 
 QUESTION_NAMES = ("question", "query")  # TOFU and MMLU, RWKU
@@ -199,47 +195,3 @@ def summarize(sources: Sequence[str], found: Sequence[Found], rows: Sequence[Row
         num_tokens=sum(len(row.ids) for row in rows),
         num_bad_rows=sum(one.num_bad for one in found),
     )
-
-
-def collate(rows: Sequence[Row], pad_id: int, length: int | None = None) -> Batch:
-    """A batch (B, T) padded on the right to the longest row, or to `length` (which no row may exceed)."""
-    lengths = torch.tensor([len(row.ids) for row in rows])  # (B,)
-    longest = int(lengths.max())
-    length = longest if length is None else length
-    assert longest <= length, f"a row of {longest} tokens does not fit into {length}"
-    ids = torch.tensor([[*row.ids, *[pad_id] * (length - len(row.ids))] for row in rows])  # (B, T)
-    position = torch.arange(length)
-    attention = position < lengths[:, None]
-    context = torch.tensor([row.num_context for row in rows])
-    return Batch(ids, attention, attention & (position >= context[:, None]))
-
-
-def units(rows: Sequence[Row], unit_rows: int) -> list[list[Row]]:
-    """Fixed groups of `unit_rows` rows in the global order; one forward pass each, wherever it runs."""
-    return [list(rows[start : start + unit_rows]) for start in range(0, len(rows), unit_rows)]
-
-
-class Sampler:
-    """Which rows a step sees: shuffled epochs one after the other, cut into batches across their borders."""
-
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
-        assert num_rows > 0 and batch_size > 0
-        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
-        self._cached: tuple[int, list[int]] = (-1, [])
-
-    def batch(self, step: int) -> list[int]:
-        """Exactly `batch_size` row indices, a pure function of (seed, step)."""
-        places = range(step * self.batch_size, (step + 1) * self.batch_size)
-        return [self._epoch(place // self.num_rows)[place % self.num_rows] for place in places]
-
-    def _epoch(self, epoch: int) -> list[int]:
-        if self._cached[0] != epoch:
-            digest = hashlib.sha256(f"{self.seed}/{epoch}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            self._cached = (epoch, torch.randperm(self.num_rows, generator=generator).tolist())
-        return self._cached[1]
-
-
-def shard(indices: Sequence[int], rank: int, world_size: int) -> list[int]:
-    """Every `world_size`-th index from `rank` on: the shares make up the batch, and may be empty."""
-    return list(indices[rank::world_size])

@@ -7,6 +7,8 @@ order matters: overlay parameters exist before `deepspeed.initialize` (which rep
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from seuf_ray.artifacts import UnlearningPlan
-from seuf_ray.config import ClusterConfig, TrainingConfig
-from seuf_ray.engine import LocalEngine
+from seuf_ray.config import ClusterConfig, EngineConfig, TrainingConfig
+from seuf_ray.engine import LocalEngine, State, clone
 from seuf_ray.model import MoEModel
 
 
@@ -30,28 +32,35 @@ class DeepSpeedEngine(LocalEngine):
     """
 
     def __init__(
-        self, model: MoEModel, plan: UnlearningPlan, training: TrainingConfig, cluster: ClusterConfig
+        self,
+        model: MoEModel,
+        plan: UnlearningPlan,
+        training: TrainingConfig,
+        cluster: ClusterConfig,
+        config: EngineConfig | None = None,
+        spill: Path | None = None,
     ) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.cluster = cluster
-        super().__init__(model, plan, training)
+        super().__init__(model, plan, training, config, spill)
 
     def _prepare(self) -> None:
         import deepspeed
 
         _avoid_compiling()
         self.model.module.add_module("overlay", self.trainable)
-        parameters = self.parameters()
+        groups = self._groups(self.parameters())
+        self.model.detach()  # taps hold the blocks that DeepSpeed replaces, and with them all experts
         self.engine, *_ = deepspeed.initialize(
             model=self.model.module,
-            optimizer=torch.optim.AdamW(
-                self._groups(parameters),
-                lr=self.training.learning_rate,
-                weight_decay=self.training.weight_decay,
+            # Given a ready optimizer, DeepSpeed would keep every source expert until it has mapped them.
+            optimizer=lambda _: torch.optim.AdamW(
+                groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay
             ),
             config=self._deepspeed_config(),
             dist_init_required=False,
         )
+        self.optimizer = self.engine.optimizer
         self.engine.module.eval()
         self.model.attach(self.engine.module)
 
@@ -85,14 +94,45 @@ class DeepSpeedEngine(LocalEngine):
             }
         return config
 
-    def step(self, loss: Tensor, learning_rate: float) -> float:
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss)
+
+    def step(self, learning_rate: float) -> float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.engine.backward(loss)
         norm = self._clip() if self.cluster.zero_stage == 0 else None
-        if norm is None or norm == norm:  # a NaN step would destroy the last good state
-            self.engine.step()
+        if norm is not None and not math.isfinite(norm):  # such a step would destroy the last good state
+            self.engine.zero_grad()
+            return norm
+        self.engine.step()
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
+
+    @property
+    def has_sharded_state(self) -> bool:
+        """Whether each rank must save its own part of the optimizer."""
+        return self.cluster.zero_stage > 0
+
+    def state(self) -> State:
+        """ZeRO 1 and 2: this rank's flat partitions of the float32 masters and of the optimizer's moments."""
+        if not self.has_sharded_state:
+            return super().state()
+        zero = self.engine.optimizer
+        parameters = [parameter.detach().cpu().clone() for parameter in self.parameters()]
+        masters = [part.detach().cpu().clone() for part in zero.single_partition_of_fp32_groups]
+        return {"parameters": parameters, "masters": masters, "optimizer": clone(zero.optimizer.state_dict())}
+
+    def load_state(self, state: State) -> None:
+        if not self.has_sharded_state:
+            super().load_state(state)
+            return
+        zero = self.engine.optimizer
+        with torch.no_grad():
+            for mine, value in zip(self.parameters(), state["parameters"], strict=True):
+                mine.copy_(value)
+            for mine, value in zip(zero.single_partition_of_fp32_groups, state["masters"], strict=True):
+                mine.copy_(value)
+        zero.optimizer.load_state_dict(clone(state["optimizer"]))
 
     def _clip(self) -> float:
         """ZeRO 0 leaves reduced gradients in place, equal on every rank; clip them as LocalEngine does."""
@@ -102,6 +142,15 @@ class DeepSpeedEngine(LocalEngine):
         summed = values.detach().to(self.model.device, copy=True)
         dist.all_reduce(summed)
         return summed.to(values.device)
+
+
+def owned_experts(num_experts: int, rank: int, expert_parallel_size: int) -> range | None:
+    """The experts of each layer that this rank keeps; None: all. Expert groups are made of consecutive ranks."""
+    if expert_parallel_size == 1:
+        return None
+    size = num_experts // expert_parallel_size
+    first = (rank % expert_parallel_size) * size
+    return range(first, first + size)
 
 
 def _avoid_compiling() -> None:

@@ -1,22 +1,26 @@
 """The engine protocol, and LocalEngine: its one-process meaning, the specification for every other engine.
 
 Passes go up, tensors go down: the loop asks for `Forward`s of batches (of the trained model or of the original) and
-hands back one scalar to minimise. What trains is known by checkpoint names. Nothing else crosses.
+hands back scalars to minimise. What trains is known by checkpoint names. Nothing else crosses.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Protocol
+import math
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from seuf_ray.artifacts import UnlearningPlan
-from seuf_ray.config import TrainingConfig
-from seuf_ray.model import MoEModel, batch_counts
+from seuf_ray.config import EngineConfig, TrainingConfig
+from seuf_ray.model import MoEModel, Prefix, batch_counts
 from seuf_ray.overlay import FullParameters, Overlay
-from seuf_ray.passes import Batch, Forward
+from seuf_ray.passes import Batch, Counts, Forward
+from seuf_ray.spans import ConstantCache
+
+State = dict[str, Any]
 
 
 class Engine(Protocol):
@@ -25,17 +29,43 @@ class Engine(Protocol):
     rank: int
     world_size: int
 
-    def forward(self, batch: Batch, *, reference: bool = False, grad: bool = False) -> Forward:
-        """One pass of this rank's share of a batch; `reference` runs the original model (never with gradients)."""
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        reference: bool = False,
+        grad: bool = False,
+        depth: int | None = None,
+        counts: Counts | None = None,
+    ) -> Forward:
+        """One pass of this rank's share of a batch.
 
-    def step(self, loss: Tensor, learning_rate: float) -> float:
-        """Backward, clip, optimiser step; returns the gradient norm over the whole plan before clipping."""
+        Args:
+            reference: run the original model (never with gradients).
+            depth: decoder layers to run; None: all, and the language-model head.
+            counts: of the whole batch per rank; default: of what all ranks pass now.
+        """
+
+    def counts(self, parts: list[Batch]) -> Counts:
+        """Counts of the batch that these parts, on all ranks, make up; divided by the number of ranks."""
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradient of `loss`; `last` says that no further part of this step's batch follows."""
+
+    def step(self, learning_rate: float) -> float:
+        """Clip and step; returns the norm over the whole plan before clipping. A non-finite one steps nothing."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors under checkpoint names."""
 
     def total(self, values: Tensor) -> Tensor:
         """Element-wise sum of `values` over all ranks."""
+
+    def state(self) -> State:
+        """A copy of everything that training has changed: the trained parameters and the optimiser."""
+
+    def load_state(self, state: State) -> None:
+        """Go back to a state."""
 
 
 class LocalEngine:
@@ -45,22 +75,35 @@ class LocalEngine:
         model: frozen; the trainable part is added here.
         plan: what trains.
         training: optimiser settings.
+        config: memory settings.
+        spill: folder for cached tensors that do not fit in memory.
     """
 
     rank = 0
     world_size = 1
 
-    def __init__(self, model: MoEModel, plan: UnlearningPlan, training: TrainingConfig) -> None:
-        self.model = model
-        self.training = training
+    def __init__(
+        self,
+        model: MoEModel,
+        plan: UnlearningPlan,
+        training: TrainingConfig,
+        config: EngineConfig | None = None,
+        spill: Path | None = None,
+    ) -> None:
+        self.model, self.training, self.config = model, training, config or EngineConfig()
+        self.first_layer = plan.first_layer
         self.trainable = trainable_part(model, plan)
         self._prepare()
         self.trainable.attach(self.model)
+        self.cache = ConstantCache(self.config.prefix_cache_bytes, spill, self._agree)
 
     def _prepare(self) -> None:
         self.optimizer = torch.optim.AdamW(
             self.parameters(), lr=self.training.learning_rate, weight_decay=self.training.weight_decay
         )
+
+    def _agree(self, size: int) -> int:
+        return int(self.total(torch.tensor(float(size), dtype=torch.float64)) / self.world_size)
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimiser sees: the plan's tensors and nothing else."""
@@ -68,24 +111,70 @@ class LocalEngine:
             return list(self.model.module.parameters())
         return list(self.trainable.parameters())
 
-    def forward(self, batch: Batch, *, reference: bool = False, grad: bool = False) -> Forward:
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        reference: bool = False,
+        grad: bool = False,
+        depth: int | None = None,
+        counts: Counts | None = None,
+    ) -> Forward:
         batch = batch.to(self.model.device)
-        with torch.set_grad_enabled(grad), self.trainable.reference() if reference else nullcontext():
-            return self.model.forward(batch, self._counts(batch))
+        counts = counts or self.counts([batch])
+        if reference:
+            return self._reference(batch, depth, counts)
+        with torch.set_grad_enabled(grad):
+            checkpointing = grad and self.config.gradient_checkpointing
+            prefix = self._prefix(batch)
+            return self.model.forward(batch, counts, depth=depth, prefix=prefix, checkpointing=checkpointing)
 
-    def _counts(self, batch: Batch) -> tuple[float, float, float]:
-        local = torch.tensor(batch_counts(batch), dtype=torch.float64, device=self.model.device)
+    def counts(self, parts: list[Batch]) -> Counts:
+        """Counts of a batch that these parts, on all ranks, make up; divided by the number of ranks."""
+        local = torch.tensor([batch_counts(part) for part in parts], dtype=torch.float64).sum(dim=0)
         tokens, sequences, routed = (self.total(local) / self.world_size).tolist()
         return tokens, sequences, routed
 
-    def step(self, loss: Tensor, learning_rate: float) -> float:
+    def _prefix(self, batch: Batch) -> Prefix:
+        """Nothing below the lowest target ever changes, so a batch that comes again goes on from there."""
+        key = (batch.key, "prefix")
+        kept = self.cache.get(key, self.model.device) if batch.key is not None else None
+        if kept is not None:
+            assert kept["hidden"].shape[:2] == batch.ids.shape, f"two batches are called {batch.key}"
+            return Prefix(self.first_layer, kept["hidden"], *_routing(kept))
+        prefix = self.model.prefix(batch, self.first_layer)
+        if batch.key is not None and self.first_layer > 0:
+            self.cache.put(
+                key, {"hidden": prefix.hidden} | _flat(prefix.router_logits, prefix.router_choices)
+            )
+        return prefix
+
+    @torch.no_grad()
+    def _reference(self, batch: Batch, depth: int | None, counts: Counts) -> Forward:
+        """The original model's pass: the same every time, so kept for a batch that comes again."""
+        key = (batch.key, "reference", depth)
+        kept = self.cache.get(key, self.model.device) if batch.key is not None else None
+        if kept is not None:
+            return Forward(kept["logps"], batch.counted[:, 1:], *_routing(kept), {}, *counts)
+        with self.trainable.reference():
+            prefix = None if isinstance(self.trainable, FullParameters) else self._prefix(batch)
+            forward = self.model.forward(batch, counts, depth=depth, prefix=prefix)
+        if batch.key is not None:
+            self.cache.put(
+                key, {"logps": forward.logps} | _flat(forward.router_logits, forward.router_choices)
+            )
+        return forward
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.zero_grad()
-        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.training.max_grad_norm)
-        if torch.isfinite(norm):  # else the caller stops, with the last good state kept
+        if math.isfinite(norm):
             self.optimizer.step()
+        self.optimizer.zero_grad()
         return float(norm)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -94,7 +183,41 @@ class LocalEngine:
     def total(self, values: Tensor) -> Tensor:
         return values
 
+    def state(self) -> State:
+        parameters = [parameter.detach().cpu().clone() for parameter in self.parameters()]
+        return {"parameters": parameters, "optimizer": clone(self.optimizer.state_dict())}
+
+    def load_state(self, state: State) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters(), state["parameters"], strict=True):
+                parameter.copy_(value)
+        self.optimizer.load_state_dict(clone(state["optimizer"]))
+        self.optimizer.zero_grad()  # of a step that was given up half way
+
 
 def trainable_part(model: MoEModel, plan: UnlearningPlan) -> Overlay | FullParameters:
     """The plan's parameters, copied from the model."""
     return FullParameters(model) if plan.is_full else Overlay(model, plan)
+
+
+def _flat(logits: dict[int, Tensor], choices: dict[int, Tensor]) -> dict[str, Tensor]:
+    return {f"logits/{at}": t for at, t in logits.items()} | {f"choices/{at}": t for at, t in choices.items()}
+
+
+def _routing(flat: dict[str, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """The inverse of `_flat`."""
+    found: dict[str, dict[int, Tensor]] = {"logits": {}, "choices": {}}
+    for name, tensor in flat.items():
+        kind, _, layer = name.partition("/")
+        if layer:
+            found[kind][int(layer)] = tensor
+    return found["logits"], found["choices"]
+
+
+def clone(value: Any) -> Any:
+    """A copy of nested dicts and lists with their tensors copied to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {key: clone(item) for key, item in value.items()}
+    return [clone(item) for item in value] if isinstance(value, list) else value

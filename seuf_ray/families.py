@@ -106,14 +106,24 @@ def family_of(config: Mapping[str, Any]) -> Family:
 
 
 def shape_of(config: Mapping[str, Any]) -> Shape:
-    """Layers with experts, experts per layer and top-k, from a config.json."""
+    """Layers with experts, experts per layer and top-k, from a config.json.
+
+    Raises:
+        ConfigError: a key is missing, or no layer has routed experts.
+    """
     family = family_of(config)
-    num_layers = int(config["num_hidden_layers"])
+    num_layers = _required(config, "num_hidden_layers")
     layers = tuple(layer for layer in range(num_layers) if _has_experts(config, layer))
     num_experts = config.get(family.num_experts, config.get("num_local_experts", config.get("num_experts")))
     if not layers or not num_experts:
         raise ConfigError(f"model_type {family.model_type!r}: this model has no layer with routed experts")
-    return Shape(num_layers, layers, int(num_experts), int(config[family.top_k]), family.scoring)
+    return Shape(num_layers, layers, int(num_experts), _required(config, family.top_k), family.scoring)
+
+
+def _required(config: Mapping[str, Any], key: str) -> int:
+    if key not in config:
+        raise ConfigError(f"config.json: key {key!r} is missing")
+    return int(config[key])
 
 
 def _has_experts(config: Mapping[str, Any], layer: int) -> bool:

@@ -145,6 +145,11 @@ def _check_targets(config: JobConfig, checkpoint: Checkpoint) -> None:
     """Top-M is checked against the model before attribution spends any time."""
     shape, scope = checkpoint.shape, config.targets.scope
     most = shape.num_experts * (len(shape.moe_layers) if scope in ("model", "random") else 1)
+    if scope == "full" and config.anchor.name in ("frozen", "onehot"):
+        raise ConfigError(
+            f"anchor.name = {config.anchor.name!r} is about target experts and their routers, "
+            "targets.scope = 'full' has none: allowed are kl, none"
+        )
     if scope not in ("explicit", "full") and config.targets.top_m > most:
         raise ConfigError(
             f"targets.top_m = {config.targets.top_m}: scope {scope!r} has only {most} experts to choose from "

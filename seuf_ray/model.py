@@ -1,13 +1,14 @@
 """A causal MoE language model in one process: load it, run it, tap its routers, exchange its tensors.
 
-The only importer of transformers. Since transformers 5 every family has `mlp.gate` (router) and `mlp.experts`
-(fused 3-D parameters); DeepSpeed AutoEP replaces the block by one with `mlp.router`. A `Site` hides that
-difference, so taps and overlay do not know which of the two they sit on. Router logits are computed from the
-router's input and weight: they equal the model's own, and DeepSeek-V2 has no output for them.
+Since transformers 5 every family has `mlp.gate` (router) and `mlp.experts` (fused 3-D parameters); DeepSpeed AutoEP
+replaces the block by one with `mlp.router`. A `Site` hides that difference, so taps and overlay do not know which of
+the two they sit on. Router logits are computed from the router's input and weight: they equal the model's own, and
+DeepSeek-V2 has no output for them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.families import Part
-from seuf_ray.passes import Batch, Forward, token_logps
+from seuf_ray.loading import load
+from seuf_ray.loading import load_tokenizer as load_tokenizer
+from seuf_ray.naming import place, view
+from seuf_ray.passes import Batch, Counts, Forward, token_logps
+from seuf_ray.spans import Spans
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,38 @@ class Site:
     choices_at: int
 
 
+@dataclass(frozen=True)
+class Prefix:
+    """What the layers below `layer` make of a batch: hidden (B, T, D), and their routing by layer."""
+
+    layer: int
+    hidden: Tensor
+    router_logits: dict[int, Tensor]
+    router_choices: dict[int, Tensor]
+
+
 class RouterTaps:
     """Records each router's logits (N, E) and choices (N, K) of the last pass, by layer."""
 
     def __init__(self, sites: Mapping[int, Site]) -> None:
         self.logits: dict[int, Tensor] = {}
         self.choices: dict[int, Tensor] = {}
-        for site in sites.values():
-            site.router.register_forward_hook(self._record(site))
+        self._hooks = [site.router.register_forward_hook(self._record(site)) for site in sites.values()]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def clear(self) -> None:
+        """Forget the last pass; a backward pass that recomputed layers has left its own records."""
+        self.logits.clear()
+        self.choices.clear()
 
     def _record(self, site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             tokens = inputs[0].reshape(-1, inputs[0].shape[-1])
-            self.logits[site.layer] = F.linear(tokens.float(), site.gate.weight.float())
+            weight: Any = site.gate.weight  # an overlay may have put a plain tensor there
+            self.logits[site.layer] = F.linear(tokens.float(), weight.float())
             self.choices[site.layer] = output[site.choices_at].detach()
 
         return hook
@@ -66,80 +90,129 @@ class MoEModel:
         checkpoint: which.
         dtype: of all weights while computing.
         device: where.
+        owned: the experts of every layer to read, where expert parallelism leaves the others to other ranks; the
+            model stays on the CPU until DeepSpeed has taken them.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        *,
+        owned: range | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.family, self.shape = checkpoint.family, checkpoint.shape
-        self.module = _load(checkpoint, dtype).to(device)
-        self.module.requires_grad_(False).eval()
-        self.attach(self.module)
+        self.dtype, self.owned = dtype, owned
+        self.attach(load(checkpoint, dtype, device, owned=owned))
 
     def attach(self, module: nn.Module) -> None:
         """Use `module` (after DeepSpeed replaced its MoE blocks) and tap its routers."""
         self.module = module
         self.sites = {layer: _site(module, layer) for layer in self.shape.moe_layers}
         self.taps = RouterTaps(self.sites)
+        self.spans = Spans(module)
+
+    def detach(self) -> None:
+        """Let go of the MoE blocks until `attach`: what DeepSpeed replaces would stay in memory with us otherwise."""
+        self.taps.remove()
+        self.sites = {}
 
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
 
-    def forward(self, batch: Batch, counts: tuple[float, float, float] | None = None) -> Forward:
-        """Run `batch` through the whole model.
+    def forward(
+        self,
+        batch: Batch,
+        counts: Counts | None = None,
+        *,
+        depth: int | None = None,
+        prefix: Prefix | None = None,
+        checkpointing: bool = False,
+    ) -> Forward:
+        """Run `batch` through the model, or through its first `depth` layers.
 
         Args:
-            counts: num_tokens, num_sequences and num_routed of the whole batch per rank; default: this batch's own.
+            counts: of the whole batch per rank; default: this batch's own.
+            depth: decoder layers to run; None: all, and the language-model head.
+            prefix: where to go on from, if the lower layers are known already.
+            checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         """
-        logits = self._run(self.module, batch).logits
+        self.taps.clear()
+        start = prefix or Prefix(0, self.spans.embed(batch.ids), {}, {})
+        last = self.spans.num_layers if depth is None else max(depth, start.layer)
+        hidden = self._run(start, last, batch, checkpointing)
+        logits, choices = self._routing(batch)
         num_tokens, num_sequences, num_routed = counts or batch_counts(batch)
         return Forward(
-            logps=token_logps(logits, batch.ids),
+            logps=self._logps(hidden, batch, skip=depth is not None),
             mask=batch.counted[:, 1:],
-            **self._routing(batch),
+            router_logits=start.router_logits | logits,
+            router_choices=start.router_choices | choices,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
             num_routed=num_routed,
         )
 
+    @torch.no_grad()
+    def prefix(self, batch: Batch, layer: int) -> Prefix:
+        """What the layers below `layer` make of a batch."""
+        self.taps.clear()
+        hidden = self.spans.run(0, layer, self.spans.embed(batch.ids), batch.attention)
+        return Prefix(layer, hidden, *self._routing(batch))
+
     def route(self, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Router logits (N, E) and choices (N, K) by layer, without the language-model head."""
-        self._run(self.module.model, batch)
-        routing = self._routing(batch)
-        return routing["router_logits"], routing["router_choices"]
+        """Router logits (N, E) and choices (N, K) by layer; nothing above the last router is computed."""
+        forward = self.forward(batch, depth=max(self.shape.moe_layers) + 1)
+        return forward.router_logits, forward.router_choices
 
-    def _run(self, module: nn.Module, batch: Batch) -> Any:
-        # Right padding cannot reach real tokens through a causal mask, so an all-real batch needs no mask at all.
-        return module(input_ids=batch.ids, attention_mask=batch.attention.long(), use_cache=False)
+    def _run(self, start: Prefix, last: int, batch: Batch, checkpointing: bool) -> Tensor:
+        if not checkpointing:
+            return self.spans.run(start.layer, last, start.hidden, batch.attention)
+        hidden = start.hidden
+        for layer in range(start.layer, last):
+            # Not reentrant: only so do router logits, which leave the layer through a tap, keep their gradient.
+            run = functools.partial(self.spans.run, layer, layer + 1)
+            hidden = recomputed(run, hidden, batch.attention, use_reentrant=False)
+        return hidden
 
-    def _routing(self, batch: Batch) -> dict[str, dict[int, Tensor]]:
-        """Only real tokens: padding is routed too, and must never count."""
+    def _logps(self, hidden: Tensor, batch: Batch, skip: bool) -> Tensor:
+        """(B, T-1); NaN where the pass was cut short, so that a loss which reads it cannot pass silently."""
+        if skip:
+            return torch.full_like(batch.ids[:, 1:], torch.nan, dtype=torch.float32)
+        return token_logps(self.spans.head(hidden), batch.ids)
+
+    def _routing(self, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """What the taps saw of real tokens: padding is routed too, and must never count."""
         real = batch.routed.flatten()
-        logits = {layer: self.taps.logits[layer][real] for layer in self.shape.moe_layers}
-        choices = {layer: self.taps.choices[layer][real] for layer in self.shape.moe_layers}
-        self.taps.logits.clear()
-        self.taps.choices.clear()
-        return {"router_logits": logits, "router_choices": choices}
+        logits = {layer: seen[real] for layer, seen in sorted(self.taps.logits.items())}
+        choices = {layer: seen[real] for layer, seen in sorted(self.taps.choices.items())}
+        self.taps.clear()
+        return logits, choices
 
     def view(self, name: str) -> Tensor:
         """The part of a parameter that the checkpoint calls `name`, sharing its memory.
 
+        An expert that is not owned has no memory here: it comes as a copy from the checkpoint, so an overlay can
+        start from it on every rank.
+
         Raises:
             KeyError: the model has no such tensor.
         """
-        expert = self.family.parse_expert(name)
-        if expert is not None:
-            return expert_view(self.module, *expert)
-        path = name.replace(f".{self.family.block}.", ".mlp.")
-        try:
-            return self.module.get_parameter(path).data
-        except AttributeError:
-            raise KeyError(f"{name}: the model has no such tensor") from None
+        shared = view(self.module, self.family, name)
+        return shared if self._holds(name) else self.checkpoint.read(name).to(shared)
+
+    def _holds(self, name: str) -> bool:
+        expert = place(self.family, name).expert
+        return self.owned is None or expert is None or expert in self.owned
 
     def exchange(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy `tensors` (checkpoint names) into the model; returns what they replaced, to exchange back."""
+        """Copy `tensors` (checkpoint names) into the model; returns what they replaced, to exchange back.
+
+        Experts that are not owned stay as they are: nothing here computes with them.
+        """
         replaced = {}
         for name, tensor in tensors.items():
             view = self.view(name)
@@ -152,56 +225,24 @@ class MoEModel:
         found = []
         for name in self.checkpoint.files:
             try:
-                self.view(name)
-            except (KeyError, IndexError):
+                view(self.module, self.family, name)
+            except KeyError:
                 continue
-            found.append(name)
+            if self._holds(name):
+                found.append(name)
         return sorted(found)
 
 
-def batch_counts(batch: Batch) -> tuple[float, float, float]:
+def batch_counts(batch: Batch) -> Counts:
     """Counted tokens, rows and real tokens of one batch."""
     rows = 0.0 if batch.is_filler else float(len(batch.ids))
     return float(batch.counted[:, 1:].sum()), rows, float(batch.routed.sum())
 
 
-def expert_view(module: nn.Module, layer: int, expert: int, part: Part) -> Tensor:
-    """One projection of one expert inside the fused parameters `gate_up_proj (E, 2F, D)`, `down_proj (E, D, F)`."""
-    experts = module.get_submodule(f"model.layers.{layer}.mlp.experts")
-    if part == "down":
-        return experts.get_parameter("down_proj").data[expert]
-    gate, up = experts.get_parameter("gate_up_proj").data[expert].chunk(2)
-    return gate if part == "gate" else up
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's fast tokenizer; remote code stays off."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-
-
-def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-
-    # oneDNN on a busy CPU sometimes turns a 0.3 s step into 10 s; these sizes gain nothing from it.
-    torch.backends.mkldnn.enabled = False
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        dtype=dtype,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        experts_implementation="grouped_mm",
-    )
-    return model
-
-
 def _site(module: nn.Module, layer: int) -> Site:
     block = module.get_submodule(f"model.layers.{layer}.mlp")
     if hasattr(block, "router"):  # DeepSpeed AutoEP
-        return Site(layer, block, block.router, block.router.gate, scores_at=0, choices_at=1)
-    return Site(layer, block, block.gate, block.gate, scores_at=1, choices_at=2)
+        router = block.get_submodule("router")
+        return Site(layer, block, router, router.get_submodule("gate"), scores_at=0, choices_at=1)
+    router = block.get_submodule("gate")
+    return Site(layer, block, router, router, scores_at=1, choices_at=2)

@@ -102,6 +102,7 @@ class Overlay(nn.Module):
         """The gate sees our weight as its own attribute, which hides the frozen parameter until the router is done."""
 
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            site.gate.__dict__.pop("weight", None)  # a recomputation that stopped early leaves it behind
             if self.enabled and str(site.layer) in self.routers:
                 frozen = site.gate.get_parameter("weight")
                 site.gate.__dict__["weight"] = self.routers[str(site.layer)].to(frozen.dtype)
@@ -126,7 +127,7 @@ class Overlay(nn.Module):
 
     def _add_rows(self, site: Site, taken: list[tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Any]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-            if not taken:
+            if not taken or not self.enabled:
                 return None
             total = output[0] if isinstance(output, tuple) else output
             added = total + self._overlaid(site.layer, *taken.pop()).view_as(total)

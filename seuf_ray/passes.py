@@ -10,12 +10,15 @@ over the whole batch, however unevenly tokens fall on ranks. A mean of per-rank 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from seuf_ray.families import Scoring
+
+Counts = tuple[float, float, float]  # num_tokens, num_sequences, num_routed, as in Forward
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,14 @@ class Batch:
         attention: (B, T) True at real tokens.
         counted: (B, T) True at tokens whose log-probability counts (never the first of a row, never padding).
         is_filler: the rows only keep a rank company in collective calls; nothing of them counts.
+        key: names this batch, if it will come again with exactly these rows; what is constant for it can be kept.
     """
 
     ids: Tensor
     attention: Tensor
     counted: Tensor
     is_filler: bool = False
+    key: Hashable = None
 
     @property
     def routed(self) -> Tensor:
@@ -41,10 +46,15 @@ class Batch:
 
     def filler(self) -> Batch:
         """The same rows, counting nothing; a masked-out row would make NaN in attention instead."""
-        return Batch(self.ids, self.attention, torch.zeros_like(self.counted), is_filler=True)
+        return replace(self, counted=torch.zeros_like(self.counted), is_filler=True)
+
+    def named(self, *key: Hashable) -> Batch:
+        """The same batch under a key."""
+        return replace(self, key=key)
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.ids.to(device), self.attention.to(device), self.counted.to(device), self.is_filler)
+        tensors = {name: getattr(self, name).to(device) for name in ("ids", "attention", "counted")}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,8 @@ class Forward:
         hidden: layer -> (B, T, D), output of the tapped decoder layers.
         num_tokens, num_sequences, num_routed: counted tokens, rows and real tokens of the whole batch over all ranks,
             divided by the number of ranks.
+
+    A pass that was cut short (see `Plugin.depth`) has NaN in `logps`: reading what was not computed stops a run.
     """
 
     logps: Tensor

@@ -11,23 +11,22 @@ It is refused on any checkpoint but the one it was trained on. torch is imported
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seuf_ray.artifacts import ModelIdentity, PatchManifest, Provenance, TensorChange, UnlearningPlan
-from seuf_ray.checkpoint import Checkpoint, digest, header, resolve, rewrite, sync
+from seuf_ray.checkpoint import Checkpoint, digest, resolve, rewrite
+from seuf_ray.diff import Difference, diff, print_diff
 from seuf_ray.errors import ConfigError, MismatchError
+from seuf_ray.shards import header, sync
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = ["Difference", "apply", "diff", "read", "require_storable", "verify", "write"]
 WEIGHTS, MANIFEST = "patch.safetensors", "manifest.json"
 _TRAINABLE = ("F64", "F32", "F16", "BF16")
 
@@ -82,11 +81,7 @@ def _change(base: Checkpoint, name: str, tensor: Tensor) -> tuple[TensorChange, 
         raise MismatchError(
             f"tensor {name!r}: {base.folder} stores {shape}, the trained one is {tuple(tensor.shape)}"
         )
-    if dtype not in _TRAINABLE:
-        raise MismatchError(
-            f"tensor {name!r}: {base.folder} stores {dtype}, whose scales a patch cannot renew; "
-            f"allowed: {', '.join(_TRAINABLE)} (convert the checkpoint, for instance to bfloat16)"
-        )
+    require_storable(base, [name])
     original = base.read(name)
     stored = tensor.detach().cpu().to(original.dtype).contiguous().clone()
     if bad := int((~stored.isfinite()).sum()):
@@ -97,6 +92,26 @@ def _change(base: Checkpoint, name: str, tensor: Tensor) -> tuple[TensorChange, 
         name=name, dtype=dtype, shape=list(shape), base_sha256=digest(original), sha256=digest(stored)
     )
     return row, stored
+
+
+def require_storable(base: Checkpoint, names: Iterable[str]) -> None:
+    """Ask before training whether `write` can store these tensors.
+
+    Block-scaled float8 is refused though new blocks and scales would fit in place of the old ones: with three
+    bits of mantissa, rounding undoes every change of less than 3 to 6 %, so what is applied is not what was
+    evaluated. Storing such a tensor as bfloat16 among float8 ones is no way out: transformers keeps the experts of
+    a layer in one tensor of one dtype.
+
+    Raises:
+        MismatchError: `base` stores one of them in another dtype than a floating-point one of 16 bits or more.
+    """
+    for name in names:
+        dtype, _ = base.info(name)
+        if dtype not in _TRAINABLE:
+            raise MismatchError(
+                f"tensor {name!r}: {base.folder} stores {dtype}, whose scales a patch cannot renew; "
+                f"allowed: {', '.join(_TRAINABLE)} (convert the checkpoint, for instance to bfloat16)"
+            )
 
 
 def _metadata(manifest: PatchManifest) -> dict[str, str]:
@@ -188,98 +203,6 @@ def apply(base_folder: Path, patch_folder: Path, out: Path) -> PatchManifest:
     return manifest
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A tensor that is not the same, bit for bit, in two checkpoints.
-
-    Attributes:
-        name: checkpoint name, with `[5]` for slice 5 of a tensor that holds all experts of a layer.
-        num_different: values that differ; all of them where the tensor is in one checkpoint only.
-        max_difference: largest absolute difference; NaN where values cannot be compared.
-        note: what else differs: `only in A`, `F32 in A, BF16 in B`.
-    """
-
-    name: str
-    num_different: int
-    max_difference: float
-    shape: tuple[int, ...]
-    note: str = ""
-
-
-def diff(a: Path, b: Path) -> list[Difference]:
-    """Every tensor that differs between two folders, layer by layer; one at a time is in memory."""
-    return _diff(Checkpoint(a), Checkpoint(b))
-
-
-def _diff(left: Checkpoint, right: Checkpoint) -> list[Difference]:
-    return [found for name in _names(left, right) for found in _compare(name, left, right)]
-
-
-def _names(left: Checkpoint, right: Checkpoint) -> list[str]:
-    """All names of both, layer 2 before layer 10."""
-    names = left.files.keys() | right.files.keys()
-    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
-
-
-def _slices(name: str, shape: Sequence[int]) -> list[tuple[str, int | None]]:
-    """(label, index) of the units that are compared: experts, also where all of a layer are in one tensor."""
-    if name.endswith((".experts.gate_up_proj", ".experts.down_proj")) and len(shape) == 3:
-        return [(f"{name}[{index}]", index) for index in range(shape[0])]
-    return [(name, None)]
-
-
-def _compare(name: str, left: Checkpoint, right: Checkpoint) -> Iterator[Difference]:
-    if name not in left.files or name not in right.files:
-        side, letter = (left, "A") if name in left.files else (right, "B")
-        for label, index in _slices(name, side.info(name)[1]):
-            shape = side.info(name)[1][0 if index is None else 1 :]
-            yield Difference(label, math.prod(shape), math.nan, shape, f"only in {letter}")
-        return
-    (dtype_a, shape_a), (dtype_b, shape_b) = left.info(name), right.info(name)
-    if shape_a != shape_b:
-        yield Difference(name, math.prod(shape_a), math.nan, shape_a, f"{shape_a} in A, {shape_b} in B")
-        return
-    note = "" if dtype_a == dtype_b else f"{dtype_a} in A, {dtype_b} in B"
-    for label, index in _slices(name, shape_a):
-        yield from _differing(label, left.read(name, index), right.read(name, index), note)
-
-
-def _differing(label: str, x: Tensor, y: Tensor, note: str) -> Iterator[Difference]:
-    import torch
-
-    if x.dtype == y.dtype:  # as bits: NaN equals itself, and -0.0 is not 0.0, as in the digests
-        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
-        differs = x.view(bits) != y.view(bits)
-    else:
-        differs = x.double() != y.double()
-    if note or bool(differs.any()):
-        gaps = (x[differs].double() - y[differs].double()).abs()
-        largest = float(gaps.max()) if gaps.numel() else 0.0
-        yield Difference(label, len(gaps), largest, tuple(x.shape), note)
-
-
-def _print_diff(a: Path, b: Path, as_json: bool) -> None:
-    left, right = Checkpoint(a), Checkpoint(b)
-    sides = [(name, left if name in left.files else right) for name in _names(left, right)]
-    total = sum(len(_slices(name, side.info(name)[1])) for name, side in sides)
-    found = _diff(left, right)
-    if as_json:
-        rows = [{**asdict(d), "max_difference": _finite(d.max_difference)} for d in found]
-        print(json.dumps({"num_tensors": total, "differences": rows}, indent=1))
-        return
-    width = max([len(d.name) for d in found], default=0)
-    for d in found:
-        values = f"{d.num_different} of {math.prod(d.shape)} values differ"
-        print(
-            f"{d.name:<{width}}  {d.shape!s:>14}  {values:>36}  max {d.max_difference:.3e}  {d.note}".rstrip()
-        )
-    print(f"{len(found)} of {total} tensors differ")
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m seuf_ray.patch",
@@ -305,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "diff":
-            _print_diff(resolve(options.a), resolve(options.b), options.json)
+            print_diff(resolve(options.a), resolve(options.b), options.json)
         elif options.command == "verify":
             manifest = verify(Checkpoint(resolve(options.base)), Path(options.patch))
             print(f"{options.patch} fits {options.base}: {len(manifest.tensors)} tensors")

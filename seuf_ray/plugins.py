@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -23,6 +24,14 @@ class Plugin(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
+
+    def depth(self, targets: Any) -> int | None:
+        """How many decoder layers its passes must run; None: all of them and the language-model head.
+
+        Args:
+            targets: the plan's `passes.Targets`.
+        """
+        return None
 
 
 def available(kind: str) -> list[str]:

@@ -13,65 +13,86 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seuf_ray import evaluation
+from seuf_ray.batches import Sampler, micro_batches
 from seuf_ray.config import JobConfig, TrainingConfig
-from seuf_ray.data import Row, Sampler, collate, shard
+from seuf_ray.data import Row
 from seuf_ray.engine import Engine
-from seuf_ray.passes import Batch, Forward, Targets
+from seuf_ray.guards import Keeper
+from seuf_ray.monitor import Monitor, Task
+from seuf_ray.passes import Batch, Counts, Targets
 from seuf_ray.plugins import Plugin
-from seuf_ray.quiz import Quiz
 
-
-@dataclass(frozen=True)
-class Task:
-    """Tokenised data of a run, the same on every rank.
-
-    Attributes:
-        forget, retain: training rows.
-        quizzes: "forget" and "utility" -> one quiz per question source, for the small evaluations.
-        probes: "forget" and "retain" -> rows whose routing is compared with the original's.
-        pad_id: any token id; padding is masked everywhere.
-    """
-
-    forget: list[Row]
-    retain: list[Row]
-    quizzes: dict[str, list[Quiz]]
-    probes: dict[str, list[Row]]
-    pad_id: int
+Saved = dict[str, Any]  # what a run needs to go on: step, seconds, engine state, the keeper's best
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One small evaluation. `stopped` says why the run ended, on the last record only."""
+    """One small evaluation.
+
+    Attributes:
+        step: optimiser steps taken.
+        metrics: loss terms, gradient norm, accuracies, routing drift.
+        stopped: why the run ended, on the last record only, if not for its number of steps.
+        kept: the step whose tensors are the result, on the last record only.
+        save: makes a copy of everything that `run` needs to go on from here.
+    """
 
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+    kept: int | None = None
+    save: Callable[[], Saved] | None = field(default=None, compare=False, repr=False)
 
 
-def run(engine: Engine, config: JobConfig, targets: Targets, task: Task) -> Iterator[Progress]:
-    """Train until `training.steps`, the forget-accuracy floor, or a non-finite loss (last good state kept)."""
-    monitor = Monitor(engine, task, targets)
-    training, seconds, started = config.training, 0.0, time.perf_counter()
-    yield Progress(0, monitor.measure())
-    steps = Steps(engine, config, targets, task)
-    for step in range(1, training.steps + 1):
+def run(
+    engine: Engine, config: JobConfig, targets: Targets, task: Task, saved: Saved | None = None
+) -> Iterator[Progress]:
+    """Train until `training.steps`, the forget-accuracy floor, a guard, or a non-finite loss.
+
+    A step is a pure function of the parameters, the seed and its number, so a run that goes on from `saved` ends
+    with the same bits as one that was never interrupted.
+    """
+    steps, monitor = Steps(engine, config, targets, task), Monitor(engine, task, targets)
+    keeper = Keeper(engine, config.guards)
+    start, clock = 0, 0.0
+    if saved is not None:
+        start, clock = saved["step"], saved["seconds"]
+        engine.load_state(saved["engine"])
+        keeper.load(saved["keeper"])
+
+    def report(step: int, metrics: dict[str, float], broken: str | None = None) -> Progress:
+        reason = broken or _floor_reached(metrics, config.training, step)
+        violated = keeper.judge(step, metrics) if broken is None else None  # a step not taken broke nothing
+        is_last = step == config.training.steps or (reason or violated) is not None
+        taken = step if broken is None else step - 1
+        kept = keeper.finish(taken, violated) if is_last else None
+
+        def save() -> Saved:
+            return {"step": step, "seconds": clock, "engine": engine.state(), "keeper": keeper.state()}
+
+        return Progress(step, metrics, reason or violated, kept, save)
+
+    if saved is None:
+        progress = report(0, monitor.measure())
+        yield progress
+        if progress.stopped is not None:
+            return
+    for step in range(start + 1, config.training.steps + 1):
         started = time.perf_counter()
         terms, norm = steps.take(step)
-        seconds += time.perf_counter() - started
+        clock += time.perf_counter() - started
         broken = _broken(terms, norm, step)
-        due = step % training.evaluate_every == 0 or step == training.steps or broken is not None
-        if due:
-            metrics = monitor.measure() | terms | {"grad_norm": norm, "seconds": seconds}
-            reason = broken or _reason_to_stop(metrics, training, step)
-            yield Progress(step, metrics, reason)
-            if reason is not None:
+        if broken or step % config.training.evaluate_every == 0 or step == config.training.steps:
+            progress = report(step, monitor.measure() | terms | {"grad_norm": norm, "seconds": clock}, broken)
+            yield progress
+            if progress.stopped is not None:
                 return
 
 
@@ -85,96 +106,76 @@ class Steps:
             "forget": Sampler(len(task.forget), size, seed=2 * config.seed),
             "retain": Sampler(len(task.retain), size, seed=2 * config.seed + 1),
         }
-        self.needed = passes_of(config.algorithm) | passes_of(config.anchor)
+        self.depths = depths_of([config.algorithm, config.anchor], targets)
 
     def take(self, step: int) -> tuple[dict[str, float], float]:
         """The terms' values over the whole batch, and the gradient norm before clipping."""
-        passes = self._passes(step)
-        known = {**passes, "targets": self.targets}
-        terms = _call(self.config.algorithm, known) | _call(self.config.anchor, known)
-        loss = torch.stack(list(terms.values())).sum()
-        if not torch.isfinite(self.engine.total(loss.detach())):
-            return self._values(terms, loss), math.nan
-        norm = self.engine.step(loss, learning_rate(self.config.training, step))
-        return self._values(terms, loss), norm
+        parts = self._parts(step)
+        counts = {name: self.engine.counts(batches) for name, batches in parts.items()}
+        number = max(len(batches) for batches in parts.values())
+        sums: dict[str, float] = {}
+        for at in range(number):
+            terms = self._terms({name: batches[at] for name, batches in parts.items()}, counts)
+            values = self._values(terms)
+            sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+            if not math.isfinite(values["loss/total"]):
+                return sums, math.nan
+            self.engine.backward(torch.stack(list(terms.values())).sum(), last=at == number - 1)
+        return sums, self.engine.step(learning_rate(self.config.training, step))
 
-    def _passes(self, step: int) -> dict[str, Forward]:
-        batches = {name: self._batch(name, step) for name in ("forget", "retain") if self._uses(name)}
-        references = sorted(name for name in self.needed if name.endswith("_ref"))
-        forwards = {
-            name: self.engine.forward(batches[name.removesuffix("_ref")], reference=True)
-            for name in references
-        }
-        for name in sorted(self.needed.difference(references)):
-            forwards[name] = self.engine.forward(batches[name], grad=True)
-        return forwards
+    def _parts(self, step: int) -> dict[str, list[Batch]]:
+        """This rank's micro-batches of each set that a loss reads; every rank has the same number of them."""
+        parts = {}
+        for name in sorted({needed.removesuffix("_ref") for needed in self.depths}):
+            number = self.samplers[name].batch(step - 1)
+            rows: list[Row] = getattr(self.task, name)
+            chosen = [rows[i] for i in self.samplers[name].rows(number)]
+            size = self.config.engine.micro_batch_size or self.config.training.batch_size
+            # The name says which rows: an engine may see other seeds and batch sizes in its next trial.
+            key = (name, self.config.seed, self.config.training.batch_size, number)
+            parts[name] = micro_batches(
+                chosen, self.engine.rank, self.engine.world_size, self.task.pad_id, size, *key
+            )
+        longest = max(len(batches) for batches in parts.values())
+        for batches in parts.values():
+            batches += [batches[-1].filler().named(batches[-1].key, "filler")] * (longest - len(batches))
+        return parts
 
-    def _uses(self, name: str) -> bool:
-        return bool(self.needed & {name, f"{name}_ref"})
+    def _terms(self, batches: Mapping[str, Batch], counts: Mapping[str, Counts]) -> dict[str, Tensor]:
+        passes: dict[str, object] = {"targets": self.targets}
+        for name in sorted(
+            self.depths, key=lambda name: not name.endswith("_ref")
+        ):  # references leave no graph
+            side = name.removesuffix("_ref")
+            kind = {"reference": True} if name != side else {"grad": True}
+            passes[name] = self.engine.forward(
+                batches[side], depth=self.depths[name], counts=counts[side], **kind
+            )
+        return _call(self.config.algorithm, passes) | _call(self.config.anchor, passes)
 
-    def _batch(self, name: str, step: int) -> Batch:
-        rows: list[Row] = getattr(self.task, name)
-        chosen = self.samplers[name].batch(step - 1)
-        return padded_share([rows[i] for i in chosen], self.engine, self.task.pad_id)
-
-    def _values(self, terms: Mapping[str, Tensor], loss: Tensor) -> dict[str, float]:
+    def _values(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over ranks: each rank's term is its share of the whole batch's mean, times the number of ranks."""
-        local = torch.stack([*terms.values(), loss]).detach().double()
+        local = torch.stack(list(terms.values())).detach().double()
         values = (self.engine.total(local) / self.engine.world_size).tolist()
-        return {f"loss/{name}": value for name, value in zip([*terms, "total"], values, strict=True)}
-
-
-class Monitor:
-    """The small evaluation: fixed questions, and routing drift on fixed rows against the original."""
-
-    def __init__(self, engine: Engine, task: Task, targets: Targets) -> None:
-        self.engine, self.task, self.targets = engine, task, targets
-        self.probes = {name: padded_share(rows, engine, task.pad_id) for name, rows in task.probes.items()}
-        self.original = {name: engine.forward(batch, reference=True) for name, batch in self.probes.items()}
-
-    def measure(self) -> dict[str, float]:
-        metrics: dict[str, float] = {}
-        for name, quizzes in self.task.quizzes.items():
-            accuracies = [self._accuracy(quiz) for quiz in quizzes]
-            key = "forget_accuracy" if name == "forget" else name
-            metrics[key] = sum(accuracies) / len(accuracies) if accuracies else math.nan
-        for name, batch in self.probes.items():
-            metrics |= self._drift(name, batch)
-        return metrics
-
-    def _accuracy(self, quiz: Quiz) -> float:
-        """Every rank makes the same number of passes, whatever its share: expert parallelism needs them all."""
-        engine, correct = self.engine, torch.zeros(2, dtype=torch.float64)
-        units = quiz.units(32)
-        for first in range(0, len(units), engine.world_size):
-            mine = first + engine.rank
-            unit = units[mine] if mine < len(units) else units[0]
-            logps = engine.forward(collate(unit.rows, self.task.pad_id)).sequence_logps()
-            found = evaluation.accuracy(logps.cpu(), unit.answers, unit.num_choices)
-            if mine < len(units):
-                correct += torch.tensor([found.sum, found.count], dtype=torch.float64)
-        hits, count = engine.total(correct).tolist()
-        return float(hits / count)
-
-    def _drift(self, name: str, batch: Batch) -> dict[str, float]:
-        found = evaluation.drift(self.original[name], self.engine.forward(batch), self.targets.scoring)
-        keys = [(figure, layer) for figure, layers in found.items() for layer in layers]
-        local = torch.tensor([[found[f][at].sum, found[f][at].count] for f, at in keys], dtype=torch.float64)
-        sums = self.engine.total(local).tolist()
-        return {f"{figure}/{name}/{layer}": s / n for (figure, layer), (s, n) in zip(keys, sums, strict=True)}
-
-
-def padded_share(rows: list[Row], engine: Engine, pad_id: int) -> Batch:
-    """This rank's rows of a batch; a rank without any runs a filler."""
-    mine = shard(range(len(rows)), engine.rank, engine.world_size)
-    if mine:
-        return collate([rows[i] for i in mine], pad_id)
-    return collate(rows[:1], pad_id).filler()
+        named = {f"loss/{name}": value for name, value in zip(terms, values, strict=True)}
+        return {**named, "loss/total": sum(values)}
 
 
 def passes_of(plugin: Plugin) -> set[str]:
     """Which passes a loss asks for: its parameter names."""
     return {name for name in inspect.signature(plugin.loss).parameters if name != "targets"}  # type: ignore[attr-defined]
+
+
+def depths_of(plugins: Sequence[Plugin], targets: Targets) -> dict[str, int | None]:
+    """Each pass that the losses ask for, and how deep it must go: None is all layers and the head."""
+    asked: dict[str, list[int | None]] = {}
+    for plugin in plugins:
+        for name in sorted(passes_of(plugin)):
+            asked.setdefault(name, []).append(plugin.depth(targets))
+    return {
+        name: None if None in found else max(d for d in found if d is not None)
+        for name, found in asked.items()
+    }
 
 
 def _call(plugin: Plugin, known: Mapping[str, object]) -> dict[str, Tensor]:
@@ -197,7 +198,7 @@ def _broken(terms: Mapping[str, float], norm: float, step: int) -> str | None:
     return f"non-finite {culprit} at step {step}; the state before it is kept (lower training.learning_rate?)"
 
 
-def _reason_to_stop(metrics: Mapping[str, float], training: TrainingConfig, step: int) -> str | None:
+def _floor_reached(metrics: Mapping[str, float], training: TrainingConfig, step: int) -> str | None:
     floor = training.stop_at_forget_accuracy
     if floor is not None and metrics["forget_accuracy"] <= floor:
         return f"forget accuracy {metrics['forget_accuracy']:.3f} reached the floor {floor:g} at step {step}"

@@ -56,28 +56,35 @@ def rows_of(batch: Batch, rows: list[int]) -> Batch:
     return Batch(batch.ids[rows], batch.attention[rows], batch.counted[rows])
 
 
+def ascend(engine: LocalEngine, batch: Batch) -> float:
+    """One step of gradient ascent; the gradient norm."""
+    engine.backward(-engine.forward(batch, grad=True).nll())
+    return engine.step(LEARNING_RATE)
+
+
 def train_local(folder: Path, experts: list[Expert], steps: int = 3) -> dict[str, Tensor]:
     """Gradient ascent in one process; the trained tensors."""
     checkpoint = Checkpoint(folder)
     engine = LocalEngine(MoEModel(checkpoint), make_plan(checkpoint, experts), TrainingConfig())
     for step in range(steps):
-        engine.step(-engine.forward(random_batch(seed=step), grad=True).nll(), LEARNING_RATE)
+        ascend(engine, random_batch(seed=step))
     return engine.tensors()
 
 
 def train_rank(folder: str, experts: list[Expert], cluster: dict) -> dict:
     """The same on one rank of a DeepSpeed engine; also what the reference passes and the loss came to."""
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine
+    from seuf_ray.deepspeed_engine import DeepSpeedEngine, owned_experts
 
     torch.set_num_threads(1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     checkpoint = Checkpoint(Path(folder))
-    model = MoEModel(checkpoint)
+    owned = owned_experts(checkpoint.shape.num_experts, rank, cluster["expert_parallel_size"])
+    model = MoEModel(checkpoint, owned=owned)
     plan = make_plan(checkpoint, experts)
     engine = DeepSpeedEngine(model, plan, TrainingConfig(), ClusterConfig(**cluster))
     norms, reference = [], []
     for step in range(3):
         mine = rows_of(random_batch(seed=step), list(range(rank, 5, world_size)))
-        norms.append(engine.step(-engine.forward(mine, grad=True).nll(), LEARNING_RATE))
+        norms.append(ascend(engine, mine))
         reference.append(engine.forward(mine, reference=True).logps)
     return {"tensors": engine.tensors(), "norms": norms, "reference": reference}

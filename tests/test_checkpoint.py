@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILY_NAMES, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
-from seuf_ray.checkpoint import INDEX, SINGLE, Checkpoint, digest, header, resolve, rewrite
+from seuf_ray.checkpoint import Checkpoint, digest, resolve, rewrite
 from seuf_ray.errors import ConfigError, MismatchError
+from seuf_ray.families import shape_of
+from seuf_ray.shards import INDEX, SINGLE, header
 
 ROUTER = "model.layers.1.mlp.gate.weight"
 EXPERT = "model.layers.1.mlp.experts.5.down_proj.weight"
@@ -219,6 +221,18 @@ class TestRefused:
         (folder / "config.json").write_text('{"model_type": "qwen2_moe"}')
         with pytest.raises(ConfigError, match=r"config\.json: key 'num_hidden_layers' is missing"):
             Checkpoint(folder)
+        with pytest.raises(ConfigError, match="key 'num_experts_per_tok' is missing"):
+            shape_of({"model_type": "olmoe", "num_hidden_layers": 2, "num_experts": 4})
+
+    def test_a_shard_that_shrinks_after_it_was_opened(self, folder: Path) -> None:
+        checkpoint = Checkpoint(folder)
+        path = folder / checkpoint.files[EXPERT]
+        path.write_bytes(path.read_bytes()[: checkpoint.entries[EXPERT].start + 5])
+        with pytest.raises(ConfigError, match=r"truncated, 2043 bytes of a tensor are missing"):
+            checkpoint.read(EXPERT)
+        path.unlink()
+        with pytest.raises(ConfigError, match=rf"{path.name}: not readable"):
+            checkpoint.read(EXPERT)
 
     def test_router_under_another_name(self, folder: Path) -> None:
         shard = Checkpoint(folder).files[ROUTER]
@@ -232,6 +246,95 @@ class TestRefused:
     def test_unknown_tensor(self, shared: Path) -> None:
         with pytest.raises(MismatchError, match=r"no tensor 'model\.nope'"):
             Checkpoint(shared).read("model.nope")
+
+
+def quantised(
+    matrix: torch.Tensor, block: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(float8, scales, bfloat16 that they stand for) of `matrix` (M, N), block by block: scale = largest / 448."""
+    rows, columns = (-(-size // step) for size, step in zip(matrix.shape, block, strict=True))
+    weight, values = matrix.to(torch.float8_e4m3fn), matrix.bfloat16()
+    scale = torch.zeros(rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            at = slice(i * block[0], (i + 1) * block[0]), slice(j * block[1], (j + 1) * block[1])
+            scale[i, j] = matrix[at].abs().max() / 448
+            weight[at] = (matrix[at] / scale[i, j]).to(torch.float8_e4m3fn)
+            values[at] = (weight[at].float() * scale[i, j]).bfloat16()
+    return weight, scale, values
+
+
+def save_float8(source: Path, folder: Path, names: dict[str, torch.Tensor], block: list[int] | None) -> Path:
+    """A copy of `source` in one file, with these matrices in float8 and their scales beside them."""
+    folder.mkdir()
+    base = Checkpoint(source)
+    tensors = {name: base.read(name) for name in base.files}
+    for name, matrix in names.items():
+        tensors[name], tensors[name + "_scale_inv"], _ = quantised(matrix, tuple(block or (128, 128)))
+    save_file(tensors, folder / SINGLE, {"format": "pt"})
+    shutil.copy(source / "config.json", folder)
+    edit_config(folder, quantization_config={"weight_block_size": block} if block else {})
+    return folder
+
+
+class TestFloat8:
+    @pytest.mark.parametrize("shape", [(130, 200), (128, 256), (5, 129), (256, 1)])
+    @pytest.mark.parametrize("block", [None, [128, 128], [64, 32]], ids=str)
+    def test_reads_the_values_it_stands_for(
+        self, shared: Path, tmp_path: Path, shape: tuple[int, int], block: list[int] | None
+    ) -> None:
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * torch.logspace(
+            -3, 3, shape[1]
+        )
+        checkpoint = Checkpoint(save_float8(shared, tmp_path / "a", {EXPERT: matrix}, block))
+        _, _, expected = quantised(matrix, tuple(block or (128, 128)))
+        assert checkpoint.read(EXPERT).dtype == torch.bfloat16
+        assert torch.equal(checkpoint.read(EXPERT), expected)
+        assert torch.equal(checkpoint.read(EXPERT, 4), expected[4])
+        torch.testing.assert_close(
+            expected.float(), matrix, rtol=0.07, atol=float(matrix.abs().max()) / 448 / 256
+        )
+        target = torch.empty(shape)
+        checkpoint.read_into(EXPERT, target)
+        assert torch.equal(target, expected.float())
+
+    def test_scales_are_no_parameters(self, shared: Path, tmp_path: Path) -> None:
+        base = Checkpoint(shared)
+        checkpoint = Checkpoint(save_float8(shared, tmp_path / "a", {EXPERT: base.read(EXPERT)}, [16, 16]))
+        assert checkpoint.info(EXPERT) == ("F8_E4M3", (32, 16))
+        assert checkpoint.files.keys() == checkpoint.entries.keys() == base.files.keys()
+        with pytest.raises(MismatchError, match="no tensor"):
+            checkpoint.info(EXPERT + "_scale_inv")
+        assert checkpoint.num_parameters == base.num_parameters
+        assert checkpoint.identity("x").num_parameters == base.num_parameters
+        assert pickle.loads(pickle.dumps(checkpoint)).read(EXPERT).dtype == torch.bfloat16
+
+    def test_missing_or_misshapen_scales(self, shared: Path, tmp_path: Path) -> None:
+        matrix = torch.ones(130, 200)
+        folder = save_float8(shared, tmp_path / "a", {EXPERT: matrix}, None)
+        edit_tensors(folder / SINGLE, **{EXPERT + "_scale_inv": torch.ones(2, 1)})
+        with pytest.raises(ConfigError, match=rf"{EXPERT}_scale_inv' is F32 \(2, 1\).*has F32 \(2, 2\)"):
+            Checkpoint(folder)
+        edit_tensors(folder / SINGLE, **{EXPERT + "_scale_inv": None})
+        with pytest.raises(ConfigError, match=rf"'{EXPERT}_scale_inv' is missing"):
+            Checkpoint(folder)
+        edit_config(folder, quantization_config={"weight_block_size": [0, 128]})
+        with pytest.raises(ConfigError, match=r"weight_block_size .*\[0, 128\]"):
+            Checkpoint(folder)
+
+    def test_copies_keep_the_scales_and_refuse_to_replace_what_they_scale(
+        self, shared: Path, tmp_path: Path
+    ) -> None:
+        matrix = torch.randn(40, 33)
+        checkpoint = Checkpoint(save_float8(shared, tmp_path / "a", {EXPERT: matrix}, [16, 16]))
+        router = {ROUTER: torch.randn(8, 32)}
+        rewrite(checkpoint, router, tmp_path / "out")
+        assert torch.equal(Checkpoint(tmp_path / "out").read(EXPERT), checkpoint.read(EXPERT))
+        for tensor in (checkpoint.read(EXPERT), checkpoint.read(EXPERT).to(torch.float8_e4m3fn)):
+            with pytest.raises(
+                MismatchError, match=rf"'{EXPERT}'.*float8_e4m3fn \(40, 33\) in scaled blocks"
+            ):
+                rewrite(checkpoint, {EXPERT: tensor}, tmp_path / "again")
 
 
 class TestIdentity:

@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from seuf_ray import data
+from seuf_ray import batches, data
+from seuf_ray.batches import Sampler
 from seuf_ray.config import DataConfig
-from seuf_ray.data import Question, Row, Sampler, read_questions, read_texts
+from seuf_ray.data import Question, Row, read_questions, read_texts
 from seuf_ray.errors import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -406,7 +407,7 @@ class TestRows:
     def test_collate_round_trip(self, lengths: list[tuple[int, int]], extra: int | None) -> None:
         rows = [Row(tuple(range(5, 5 + n)), num_context=min(c, n)) for n, c in lengths]
         longest = max(len(row.ids) for row in rows)
-        batch = data.collate(rows, pad_id=3, length=None if extra is None else longest + extra)
+        batch = batches.collate(rows, pad_id=3, length=None if extra is None else longest + extra)
         assert batch.ids.shape == (len(rows), longest + (extra or 0)) and batch.ids.dtype == torch.int64
         for row, ids, attention, counted in zip(rows, batch.ids, batch.attention, batch.counted, strict=True):
             assert tuple(ids[attention].tolist()) == row.ids
@@ -419,11 +420,11 @@ class TestRows:
             with pytest.raises(AssertionError):
                 Row((4, 5), num_context=context)
         with pytest.raises(AssertionError, match="does not fit"):
-            data.collate([Row((4, 5, 6))], pad_id=0, length=2)
+            batches.collate([Row((4, 5, 6))], pad_id=0, length=2)
 
     def test_units_and_summary(self) -> None:
         rows = [Row((i, i)) for i in range(7)]
-        assert data.units(rows, 3) == [rows[:3], rows[3:6], rows[6:]]
+        assert batches.units(rows, 3) == [rows[:3], rows[3:6], rows[6:]]
         found = [data.Found("a", 5, 1), data.Found("b", 2, 0)]
         summary = data.summarize(["a", "b"], found, rows)
         assert (summary.num_texts, summary.num_rows, summary.num_tokens, summary.num_bad_rows) == (
@@ -439,27 +440,31 @@ class TestSampler:
     @given(num_rows=st.integers(1, 30), batch_size=st.integers(1, 40), seed=st.integers(0, 2**40))
     @settings(max_examples=60, deadline=None)
     def test_every_row_once_per_epoch_and_pure(self, num_rows: int, batch_size: int, seed: int) -> None:
-        """`num_rows` steps hold exactly `batch_size` epochs, so every row comes `batch_size` times."""
+        """An epoch is ceil(rows / batch size) steps; sizes differ by one at most."""
         sampler = Sampler(num_rows, batch_size, seed)
-        batches = [sampler.batch(step) for step in range(num_rows)]
-        assert all(len(batch) == batch_size for batch in batches)
-        stream = [index for batch in batches for index in batch]
-        for epoch in range(batch_size):
-            assert sorted(stream[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
-        for step in reversed(range(num_rows)):  # any order, and a sampler that has seen nothing
-            assert sampler.batch(step) == Sampler(num_rows, batch_size, seed).batch(step) == batches[step]
+        epoch = range(sampler.num_batches)
+        batches = [sampler.rows(sampler.batch(step)) for step in epoch]
+        assert sorted(index for batch in batches for index in batch) == list(range(num_rows))
+        assert max(map(len, batches)) <= batch_size and max(map(len, batches)) - min(map(len, batches)) <= 1
+        for step in reversed(epoch):  # any order, and a sampler that has seen nothing
+            assert sampler.batch(step) == Sampler(num_rows, batch_size, seed).batch(step)
 
-    def test_seeds_and_epochs_differ(self) -> None:
-        epochs = [tuple(Sampler(50, 50, seed).batch(step)) for seed in range(4) for step in range(4)]
-        assert len(set(epochs)) == 16
+    def test_epochs_change_the_order_and_never_the_composition(self) -> None:
+        sampler = Sampler(96, 8, seed=0)
+        epochs = [[sampler.batch(12 * epoch + step) for step in range(12)] for epoch in range(4)]
+        assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == 4
+
+    def test_seeds_differ(self) -> None:
+        assert len({tuple(Sampler(50, 50, seed).rows(0)) for seed in range(16)}) == 16
 
     def test_golden(self) -> None:
         """The stream is part of what a seed means: a resumed run must see the same rows after an update."""
-        sampler = Sampler(5, 4, seed=0)
-        assert [sampler.batch(step) for step in range(3)] == [[0, 1, 4, 2], [3, 3, 2, 4], [1, 0, 0, 1]]
+        sampler = Sampler(5, 2, seed=0)
+        assert [sampler.rows(sampler.batch(step)) for step in range(3)] == [[0, 1], [2, 3], [4]]
 
     @given(st.lists(st.integers(0, 99), max_size=20), st.integers(1, 8))
     def test_shards_are_a_partition(self, indices: list[int], world_size: int) -> None:
-        shards = [data.shard(indices, rank, world_size) for rank in range(world_size)]
+        shards = [batches.shard(indices, rank, world_size) for rank in range(world_size)]
         assert sum(map(Counter, shards), Counter()) == Counter(indices)
         assert max(map(len, shards)) - min(map(len, shards)) <= 1

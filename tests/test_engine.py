@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run
-from tasks import LEARNING_RATE, make_plan, random_batch, train_local, train_rank
+from tasks import ascend, make_plan, random_batch, train_local, train_rank
 from tiny import FAMILY_NAMES, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -39,7 +39,7 @@ def _engine(folder: Path, experts: list[Expert], **training: float) -> LocalEngi
 
 def _ascend(engine: LocalEngine, steps: int = 3) -> None:
     for step in range(steps):
-        engine.step(-engine.forward(random_batch(seed=step), grad=True).nll(), LEARNING_RATE)
+        ascend(engine, random_batch(seed=step))
 
 
 def _plain(folder: Path) -> torch.nn.Module:
@@ -153,7 +153,7 @@ def test_an_expert_without_tokens_is_no_problem(qwen: Path) -> None:
     batch = random_batch(rows=1, length=4)
     idle = set(range(8)) - set(model.forward(batch).router_choices[1].flatten().tolist())
     engine = LocalEngine(model, make_plan(checkpoint, [(1, min(idle))]), TrainingConfig())
-    assert engine.step(-engine.forward(batch, grad=True).nll(), LEARNING_RATE) >= 0
+    assert ascend(engine, batch) >= 0
 
 
 @pytest.mark.timeout(300)

@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM
 
 from seuf_ray import patch
 from seuf_ray.artifacts import PatchManifest
-from seuf_ray.checkpoint import SINGLE, Checkpoint, digest
+from seuf_ray.checkpoint import Checkpoint, digest
 from seuf_ray.errors import ConfigError, MismatchError
+from seuf_ray.shards import INDEX, SINGLE
 
 ROUTER = "model.layers.1.mlp.gate.weight"
 EXPERT = "model.layers.1.mlp.experts.5.{}_proj.weight"
@@ -141,11 +142,22 @@ class TestWrite:
 
     def test_quantised_tensors(self, base: Checkpoint, tmp_path: Path) -> None:
         folder = Path(shutil.copytree(base.folder, tmp_path / "base"))
-        shard = folder / base.files[ROUTER]
-        eighth = {ROUTER: base.read(ROUTER).to(torch.float8_e4m3fn)}
+        shard, scale = folder / base.files[ROUTER], ROUTER + "_scale_inv"
+        eighth = {ROUTER: base.read(ROUTER).to(torch.float8_e4m3fn), scale: torch.ones(1, 1)}
         save_file({name: t.clone() for name, t in load_file(shard).items()} | eighth, shard)
-        with pytest.raises(MismatchError, match=rf"'{ROUTER}': .* stores F8_E4M3.*allowed: F64, F32"):
+        index = json.loads((folder / INDEX).read_text())
+        index["weight_map"][scale] = shard.name
+        (folder / INDEX).write_text(json.dumps(index))
+        message = rf"'{ROUTER}': .* stores F8_E4M3.*allowed: F64, F32.*convert the checkpoint"
+        with pytest.raises(MismatchError, match=message):
+            patch.require_storable(Checkpoint(folder), NAMES)
+        with pytest.raises(MismatchError, match=message):
             make_patch(tmp_path / "patch", Checkpoint(folder), {ROUTER: torch.ones(8, 32)}, (1, 5))
+        make_patch(
+            tmp_path / "patch", Checkpoint(folder), noisy(base, NAMES[:3]), (1, 5)
+        )  # the others are F32
+        patch.apply(folder, tmp_path / "patch", tmp_path / "out")
+        assert [d.name for d in patch.diff(folder, tmp_path / "out")] == NAMES[:3]
 
     @pytest.mark.parametrize(
         ("tensors", "error", "message"),
@@ -365,10 +377,10 @@ def test_a_patch_of_the_difference_makes_the_other_checkpoint(base: Checkpoint, 
 KILLED = """
 import os, sys
 from pathlib import Path
-from seuf_ray import checkpoint, patch
+from seuf_ray import patch, shards
 base, folder, out = map(Path, sys.argv[1:4])
 steps, step, name = int(sys.argv[4]), 0, sys.argv[5]
-original = getattr(checkpoint, name)
+original = getattr(shards, name)
 def wait(*arguments):
     global step
     step += 1
@@ -376,13 +388,13 @@ def wait(*arguments):
         print("there", flush=True)
         sys.stdin.read()
     return original(*arguments)
-setattr(checkpoint, name, wait)
+setattr(shards, name, wait)
 patch.apply(base, folder, out)
 """
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("function", "step"), [("_copy", 5), ("sync", 10)])
+@pytest.mark.parametrize(("function", "step"), [("copy", 5), ("sync", 10)])
 def test_a_killed_apply_leaves_no_checkpoint(
     base: Checkpoint, made: Path, tmp_path: Path, function: str, step: int
 ) -> None:

@@ -25,12 +25,17 @@ class KLAnchor(Plugin):
     weight: float = Field(1.0, ge=0, description="weight of the anchor (alpha in the paper)")
     layers: Literal["targets", "all"] = Field("targets", description="which routers are anchored")
 
+    def depth(self, targets: Targets) -> int:
+        return max(self._layers(targets)) + 1
+
     def loss(self, targets: Targets, forget: Forward, forget_ref: Forward) -> dict[str, Tensor]:
-        layers = targets.routers if self.layers == "targets" else targets.layers_from_first
         drifts = [
             forget.mean_routed(
                 routing.kl(forget_ref.router_logits[layer], forget.router_logits[layer], targets.scoring)
             )
-            for layer in layers
+            for layer in self._layers(targets)
         ]
         return {"anchor": self.weight * torch.stack(drifts).mean()}
+
+    def _layers(self, targets: Targets) -> tuple[int, ...]:
+        return targets.routers if self.layers == "targets" else targets.layers_from_first

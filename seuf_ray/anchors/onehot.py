@@ -31,6 +31,9 @@ class OneHotAnchor(Plugin):
         "gates", description="gates is Eq. 3, scores the authors' code"
     )
 
+    def depth(self, targets: Targets) -> int:
+        return max(targets.routers) + 1
+
     def loss(self, targets: Targets, forget: Forward) -> dict[str, Tensor]:
         distances = [forget.mean_routed(self._distance(targets, forget, layer)) for layer in targets.routers]
         return {"anchor": self.weight * torch.stack(distances).mean()}

@@ -13,8 +13,9 @@ import torch
 
 from seuf_ray.artifacts import AttributionReport, provenance
 from seuf_ray.attribution import RoutingStatistics, make_report, unit_statistics
+from seuf_ray.batches import collate, units
 from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.data import Row, collate, units
+from seuf_ray.data import Row
 from seuf_ray.job import ATTRIBUTION, Job
 from seuf_ray.model import MoEModel
 from seuf_ray.stages.data import as_record, rows_of, through_actors

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from seuf_ray import evaluation, patch
 from seuf_ray.artifacts import EvaluationReport, Statistic, provenance
+from seuf_ray.batches import collate, units
 from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.data import collate, units
 from seuf_ray.job import AFTER, BEFORE, Job
 from seuf_ray.model import MoEModel
 from seuf_ray.passes import Forward

@@ -7,12 +7,12 @@ progress and writes `metrics.jsonl` while training runs. Rank 0's trained tensor
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,15 @@ from safetensors.torch import load_file, save_file
 
 from seuf_ray import config as configs
 from seuf_ray import unlearning
-from seuf_ray.artifacts import PatchManifest, UnlearningPlan
+from seuf_ray.artifacts import PatchManifest, UnlearningPlan, write_text
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.config import JobConfig
 from seuf_ray.engine import Engine, LocalEngine
 from seuf_ray.job import Job, write_patch
 from seuf_ray.model import MoEModel
-from seuf_ray.unlearning import Progress, Task
+from seuf_ray.monitor import Task
+from seuf_ray.patch import require_storable
+from seuf_ray.unlearning import Progress
 
 Listener = Callable[[Progress], None]
 
@@ -44,10 +46,10 @@ def unlearn(job: Job, plan: UnlearningPlan, listener: Listener | None = None) ->
     """
     if job.kept(PatchManifest, "patch/manifest.json") is not None:
         return job.path("patch")
-    shutil.rmtree(
-        job.path("train"), ignore_errors=True
-    )  # of an interrupted run; Ray Train would take it for its own
-    job.path("metrics.jsonl").unlink(missing_ok=True)
+    require_storable(job.checkpoint, plan.tensors)
+    if not job.config.resume:  # Ray Train goes on from whatever it finds there
+        shutil.rmtree(job.path("train"), ignore_errors=True)
+        job.path("metrics.jsonl").unlink(missing_ok=True)
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = _trainer(job, plan, queue)
     for progress in _watch(trainer, queue):
@@ -97,7 +99,7 @@ def _trainer(job: Job, plan: UnlearningPlan, queue: Queue) -> _Fit:
         "task": ray.put(make_task(job)),
         "queue": queue,
     }
-    environment = {"OMP_NUM_THREADS": str(_threads(config))}
+    environment = {"OMP_NUM_THREADS": str(_threads(config)), "OMP_WAIT_POLICY": "PASSIVE"}
     if not cluster.gpus_per_worker:
         environment["DS_ACCELERATOR"] = "cpu"
     resources = {"CPU": cluster.cpus_per_worker} | (
@@ -117,6 +119,8 @@ def _trainer(job: Job, plan: UnlearningPlan, queue: Queue) -> _Fit:
                 name="train",
                 storage_path=str(config.output_dir.absolute()),
                 worker_runtime_env={"env_vars": environment},
+                failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
+                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             ),
         )
     )
@@ -155,44 +159,80 @@ def spread(rows: list[Any], most: int) -> list[Any]:
 
 
 def _work(settings: dict[str, Any]) -> None:
-    """One worker: build the engine, run the loop, report."""
+    """One worker: build the engine, run the loop (from the last checkpoint, after a failure), report."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.use_deterministic_algorithms(
+        True, warn_only=True
+    )  # else two threads scatter gradients in any order
     config = configs.validate(settings["config"])
     plan = UnlearningPlan.model_validate(settings["plan"])
     engine = build_engine(config, plan, Path(settings["folder"]))
-    task = ray.get(settings["task"])
-    for progress in unlearning.run(engine, config, settings["targets"], task):
+    saved = _load_checkpoint(engine.rank)
+    for progress in unlearning.run(engine, config, settings["targets"], ray.get(settings["task"]), saved):
+        _report(engine, progress)
+        if engine.rank == 0:  # after the checkpoint: a line that is shown need not be trained again
+            told = {"step": progress.step, "metrics": progress.metrics, "stopped": progress.stopped}
+            settings["queue"].put({**told, "kept": progress.kept})
+
+
+def _load_checkpoint(rank: int) -> unlearning.Saved | None:
+    """What this rank saved last, if Ray Train restarted it or took up an interrupted run."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return None
+    with checkpoint.as_directory() as folder:
+        own, common = Path(folder) / f"rank_{rank}.pt", Path(folder) / "rank_0.pt"
+        saved: unlearning.Saved = torch.load(own if own.exists() else common, weights_only=True)
+        return saved
+
+
+def _report(engine: Engine, progress: Progress) -> None:
+    """Metrics and a checkpoint to Ray Train; the checkpoint holds what trains, never the model.
+
+    The result's tensors go along, so that the last checkpoint is all the driver needs.
+    """
+    assert progress.save is not None
+    metrics = {"step": progress.step, **progress.metrics}
+    is_sharded = getattr(engine, "has_sharded_state", False)
+    saved = progress.save() if is_sharded or engine.rank == 0 else None
+    tensors = engine.tensors()
+    if saved is None:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(saved, Path(folder) / f"rank_{engine.rank}.pt")
         if engine.rank == 0:
-            settings["queue"].put(asdict(progress))
-        ray.train.report({"step": progress.step, **progress.metrics})
-    _hand_over(engine)
+            save_file(tensors, Path(folder) / "trained.safetensors")
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
 def build_engine(config: JobConfig, plan: UnlearningPlan, folder: Path) -> Engine:
     """The engine that `cluster.engine` asks for, on this process's device."""
     device = ray.train.torch.get_device() if config.cluster.gpus_per_worker else torch.device("cpu")
-    model = MoEModel(Checkpoint(folder), getattr(torch, config.model.dtype), device)
+    checkpoint, dtype = Checkpoint(folder), getattr(torch, config.model.dtype)
+    spill = Path(tempfile.mkdtemp(prefix="seuf-constants-"))
     if not config.cluster.uses_deepspeed:
-        return LocalEngine(model, plan, config.training)
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine  # a local run does not wait for deepspeed's import
+        return LocalEngine(MoEModel(checkpoint, dtype, device), plan, config.training, config.engine, spill)
+    from seuf_ray.deepspeed_engine import (
+        DeepSpeedEngine,
+        owned_experts,
+    )  # a local run does not wait for deepspeed's import
 
-    return DeepSpeedEngine(model, plan, config.training, config.cluster)
-
-
-def _hand_over(engine: Engine) -> None:
-    """Rank 0's tensors as the run's checkpoint; every rank reports, as Ray Train wants."""
-    tensors = engine.tensors()
-    if engine.rank != 0:
-        ray.train.report({})
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_file(tensors, Path(folder) / "trained.safetensors")
-        ray.train.report({}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+    rank = ray.train.get_context().get_world_rank()
+    owned = owned_experts(checkpoint.shape.num_experts, rank, config.cluster.expert_parallel_size)
+    model = MoEModel(checkpoint, dtype, device, owned=owned)
+    return DeepSpeedEngine(model, plan, config.training, config.cluster, config.engine, spill)
 
 
 def _append(path: Path, progress: Progress) -> None:
-    finite = {key: value for key, value in progress.metrics.items() if value == value}
-    record = {"step": progress.step, **finite} | ({"stopped": progress.stopped} if progress.stopped else {})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """One line more; a run that went back to a checkpoint replaces the lines that it repeats."""
+    finite = {key: value for key, value in progress.metrics.items() if math.isfinite(value)}
+    end = {"stopped": progress.stopped, "kept": progress.kept}
+    record = {
+        "step": progress.step,
+        **finite,
+        **{key: value for key, value in end.items() if value is not None},
+    }
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] < progress.step]
+    write_text(path, "\n".join([*kept, json.dumps(record)]) + "\n")
