@@ -153,7 +153,7 @@ class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray cluster address; default: RAY_ADDRESS or a local one")
     num_workers: int = Field(1, ge=1, description="training processes")
     expert_parallel_size: int = Field(1, ge=1, description="processes that share one copy of the experts")
-    zero_stage: Literal[0, 1, 2] = Field(
+    zero_stage: Literal[0, 1, 2, 3] = Field(
         0, description="DeepSpeed ZeRO stage for the trained tensors' optimizer"
     )
     engine: Literal["auto", "local", "deepspeed"] = Field(
@@ -218,6 +218,7 @@ class EngineConfig(Section):
         ge=0,
         description="memory per worker for what frozen layers compute for a batch; more goes to files",
     )
+    cache_dir: Path | None = Field(None, description="folder of those files; default: cache in output_dir")
     gradient_checkpointing: bool = Field(
         False, description="recompute layers in the backward pass: less memory"
     )

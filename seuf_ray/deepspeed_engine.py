@@ -31,6 +31,8 @@ class DeepSpeedEngine(LocalEngine):
         cluster: expert parallel size and ZeRO stage.
     """
 
+    optimizer: Any  # DeepSpeed's wrapper under ZeRO, AdamW itself without
+
     def __init__(
         self,
         model: MoEModel,
@@ -113,26 +115,54 @@ class DeepSpeedEngine(LocalEngine):
         """Whether each rank must save its own part of the optimizer."""
         return self.cluster.zero_stage > 0
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every rank must call this: ZeRO 3 keeps each parameter in parts."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(self.parameters(), enabled=self.cluster.zero_stage == 3):
+            return super().tensors()
+
     def state(self) -> State:
-        """ZeRO 1 and 2: this rank's flat partitions of the float32 masters and of the optimizer's moments."""
+        """Under ZeRO: this rank's flat partitions of the float32 masters and of the optimizer's moments."""
         if not self.has_sharded_state:
             return super().state()
-        zero = self.engine.optimizer
-        parameters = [parameter.detach().cpu().clone() for parameter in self.parameters()]
-        masters = [part.detach().cpu().clone() for part in zero.single_partition_of_fp32_groups]
-        return {"parameters": parameters, "masters": masters, "optimizer": clone(zero.optimizer.state_dict())}
+        moments = (
+            self.optimizer.optimizer.state
+        )  # by master; ZeRO 3's optimizer cannot make its own state_dict
+        parts = [{"master": part, "moments": dict(moments.get(part, {}))} for part in self._masters()]
+        return {"partitions": clone(parts)}
 
     def load_state(self, state: State) -> None:
         if not self.has_sharded_state:
             super().load_state(state)
             return
-        zero = self.engine.optimizer
-        with torch.no_grad():
-            for mine, value in zip(self.parameters(), state["parameters"], strict=True):
-                mine.copy_(value)
-            for mine, value in zip(zero.single_partition_of_fp32_groups, state["masters"], strict=True):
-                mine.copy_(value)
-        zero.optimizer.load_state_dict(clone(state["optimizer"]))
+        for part, saved in zip(self._masters(), state["partitions"], strict=True):
+            part.data.copy_(saved["master"])
+            mine = self.optimizer.optimizer.state[part]
+            for name, value in saved["moments"].items():
+                mine[name] = clone(value).to(mine[name].device if name in mine else part.device)
+        self._publish_masters()
+
+    def _masters(self) -> list[Tensor]:
+        parts: list[Tensor] = (
+            self.optimizer.fp32_partitioned_groups_flat
+            if self.cluster.zero_stage == 3
+            else self.optimizer.single_partition_of_fp32_groups
+        )
+        return parts
+
+    def _publish_masters(self) -> None:
+        """Give every rank's model the values that the masters hold, as an optimizer step would."""
+        import deepspeed
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        full = [safe_get_full_fp32_param(parameter) for parameter in self.parameters()]
+        gathered = deepspeed.zero.GatheredParameters(
+            self.parameters(), modifier_rank=0, enabled=self.cluster.zero_stage == 3
+        )
+        with gathered, torch.no_grad():
+            for parameter, value in zip(self.parameters(), full, strict=True):
+                parameter.copy_(value)
 
     def _clip(self) -> float:
         """ZeRO 0 leaves reduced gradients in place, equal on every rank; clip them as LocalEngine does."""

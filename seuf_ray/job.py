@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ A = TypeVar("A", bound=Artifact)
 
 PLAN, ATTRIBUTION = "plan.json", "attribution.json"
 BEFORE, AFTER = "evaluation_before.json", "evaluation_after.json"
-TRAINED = (PLAN, "metrics.jsonl", "patch", "train")  # what the unlearning stage writes
+TRAINED = (PLAN, "metrics.jsonl", "patch", "train", "cache")  # what the unlearning stage writes
 EVERYTHING = (ATTRIBUTION, *TRAINED, BEFORE, AFTER, "comparison.json", "compare", "report.html")
 
 
@@ -49,6 +50,8 @@ class Job:
         self.identity: ModelIdentity = self.checkpoint.identity(config.model.name, config.model.revision)
         _check_parallelism(config, self.checkpoint)
         _check_targets(config, self.checkpoint)
+        _check_writable("output_dir", config.output_dir)
+        _check_writable("engine.cache_dir", self.cache_dir)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -84,6 +87,11 @@ class Job:
         shape = self.checkpoint.shape
         layers = sorted({layer for layer, _ in plan.experts}) or list(shape.moe_layers)
         return Targets(tuple(plan.experts), tuple(layers), shape.moe_layers, shape.scoring)
+
+    @property
+    def cache_dir(self) -> Path:
+        """Where workers put what frozen layers computed and memory cannot hold."""
+        return (self.config.engine.cache_dir or self.path("cache")).absolute()
 
     def kept(self, kind: type[A], name: str) -> A | None:
         """An artifact that an earlier, interrupted run of this job left, when `resume` asks to go on from it."""
@@ -138,6 +146,15 @@ def _check_parallelism(config: JobConfig, checkpoint: Checkpoint) -> None:
         raise ConfigError(
             "targets.scope = 'full' trains every expert where it lies and is not sharded by experts: "
             "set cluster.expert_parallel_size = 1"
+        )
+
+
+def _check_writable(key: str, folder: Path) -> None:
+    """Whether `folder` can be made and written; nothing is made yet."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{key} {folder} cannot be written: {there} is no folder that this user may write to"
         )
 
 

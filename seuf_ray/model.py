@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -62,7 +61,10 @@ class RouterTaps:
     def __init__(self, sites: Mapping[int, Site]) -> None:
         self.logits: dict[int, Tensor] = {}
         self.choices: dict[int, Tensor] = {}
-        self._hooks = [site.router.register_forward_hook(self._record(site)) for site in sites.values()]
+        self._hooks = []
+        for site in sites.values():  # for transformers' blocks the gate is the router itself
+            self._hooks.append(site.gate.register_forward_hook(self._record_logits(site)))
+            self._hooks.append(site.router.register_forward_hook(self._record_choices(site)))
 
     def remove(self) -> None:
         for hook in self._hooks:
@@ -73,11 +75,15 @@ class RouterTaps:
         self.logits.clear()
         self.choices.clear()
 
-    def _record(self, site: Site) -> Callable[..., None]:
+    def _record_logits(self, site: Site) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+            logits = output[0] if isinstance(output, tuple) else output
+            self.logits[site.layer] = logits.reshape(-1, logits.shape[-1]).float()
+
+        return hook
+
+    def _record_choices(self, site: Site) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            tokens = inputs[0].reshape(-1, inputs[0].shape[-1])
-            weight: Any = site.gate.weight  # an overlay may have put a plain tensor there
-            self.logits[site.layer] = F.linear(tokens.float(), weight.float())
             self.choices[site.layer] = output[site.choices_at].detach()
 
         return hook

@@ -43,6 +43,18 @@ class ExpertOverlay(nn.Module):
         return F.linear(self.activation(gate) * up, self.down.to(tokens.dtype))
 
 
+class RouterOverlay(nn.Module):
+    """One router's trainable weight (E, D), kept in float32."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach().clone().float())
+
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """The weight as the gate uses it; a tensor of its own, because ZeRO 3 takes the parameter away again."""
+        return self.weight.to(dtype, copy=True)
+
+
 class Overlay(nn.Module):
     """The trainable part of a plan, hooked into a model.
 
@@ -56,11 +68,8 @@ class Overlay(nn.Module):
         self.enabled = True
         self.model_family = model.family
         self.experts = nn.ModuleDict({f"{at}_{e}": _copy_expert(model, at, e) for at, e in plan.experts})
-        self.routers = nn.ParameterDict(
-            {
-                str(at): nn.Parameter(model.view(model.family.router_tensor(at)).clone().float())
-                for at in plan.routers
-            }
+        self.routers = nn.ModuleDict(
+            {str(at): RouterOverlay(model.view(model.family.router_tensor(at))) for at in plan.routers}
         )
         self._targets: dict[int, list[int]] = {}
         for layer, expert in plan.experts:
@@ -88,7 +97,10 @@ class Overlay(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors under checkpoint names, detached, on the CPU."""
-        named = {self.model_family.router_tensor(int(at)): weight for at, weight in self.routers.items()}
+        named: dict[str, Tensor] = {}
+        for at, router in self.routers.items():
+            assert isinstance(router, RouterOverlay)
+            named[self.model_family.router_tensor(int(at))] = router.weight
         for key, expert in self.experts.items():
             layer, index = map(int, key.split("_"))
             assert isinstance(expert, ExpertOverlay)
@@ -104,8 +116,8 @@ class Overlay(nn.Module):
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
             site.gate.__dict__.pop("weight", None)  # a recomputation that stopped early leaves it behind
             if self.enabled and str(site.layer) in self.routers:
-                frozen = site.gate.get_parameter("weight")
-                site.gate.__dict__["weight"] = self.routers[str(site.layer)].to(frozen.dtype)
+                dtype = site.gate.get_parameter("weight").dtype
+                site.gate.__dict__["weight"] = self.routers[str(site.layer)](dtype)
 
         return hook
 

@@ -88,3 +88,34 @@ def train_rank(folder: str, experts: list[Expert], cluster: dict) -> dict:
         norms.append(ascend(engine, mine))
         reference.append(engine.forward(mine, reference=True).logps)
     return {"tensors": engine.tensors(), "norms": norms, "reference": reference}
+
+
+def interrupted_rank(folder: str, experts: list[Expert], cluster: dict) -> dict[str, Tensor]:
+    """Two steps, a saved state, one step that is undone by going back to it, and the third step again."""
+    from seuf_ray.deepspeed_engine import DeepSpeedEngine
+
+    class Partitioned(DeepSpeedEngine):
+        """ZeRO 3 leaves small parameters whole; here it must not."""
+
+        def _deepspeed_config(self) -> dict:
+            config = super()._deepspeed_config()
+            config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+            return config
+
+    torch.set_num_threads(1)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    checkpoint = Checkpoint(Path(folder))
+    engine = Partitioned(
+        MoEModel(checkpoint), make_plan(checkpoint, experts), TrainingConfig(), ClusterConfig(**cluster)
+    )
+    batches = [rows_of(random_batch(seed=step), list(range(rank, 5, world_size))) for step in range(4)]
+    for step in (0, 1):
+        ascend(engine, batches[step])
+    saved = engine.state()
+    before = engine.tensors()
+    ascend(engine, batches[3])
+    engine.load_state(saved)
+    again = engine.tensors()
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    ascend(engine, batches[2])
+    return engine.tensors()

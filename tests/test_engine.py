@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run
-from tasks import ascend, make_plan, random_batch, train_local, train_rank
+from tasks import ascend, interrupted_rank, make_plan, random_batch, train_local, train_rank
 from tiny import FAMILY_NAMES, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -124,7 +124,10 @@ def test_gradients_are_those_of_the_same_tensors_inside_the_plain_model(folder: 
     checkpoint, batch = Checkpoint(folder), random_batch()
     engine = _engine(folder, EXPERTS)
     engine.forward(batch, grad=True).nll().backward()
-    found = {"down": engine.trainable.experts["2_1"].down.grad, "router": engine.trainable.routers["2"].grad}
+    found = {
+        "down": engine.trainable.experts["2_1"].down.grad,
+        "router": engine.trainable.routers["2"].weight.grad,
+    }
     plain = MoEModel(checkpoint)
     plain.module.requires_grad_(True)
     plain.forward(batch).nll().backward()
@@ -168,12 +171,21 @@ def test_two_expert_parallel_processes_train_what_one_does(folder: Path, zero_st
     [
         {"num_workers": 2, "expert_parallel_size": 2, "zero_stage": 1},
         {"num_workers": 2, "expert_parallel_size": 2, "zero_stage": 2},
+        {"num_workers": 2, "expert_parallel_size": 2, "zero_stage": 3},
         {"num_workers": 2, "expert_parallel_size": 1, "zero_stage": 0},
     ],
-    ids=["zero1", "zero2", "data-parallel"],
+    ids=["zero1", "zero2", "zero3", "data-parallel"],
 )
 def test_the_optimizers_sharding_changes_nothing(qwen: Path, cluster: dict[str, int]) -> None:
     _check_two_processes(qwen, cluster)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_going_back_to_a_state_undoes_a_step_on_every_rank(qwen: Path, zero_stage: int) -> None:
+    cluster = {"num_workers": 2, "expert_parallel_size": 2, "zero_stage": zero_stage}
+    ranks = run(interrupted_rank, 2, str(qwen), EXPERTS, cluster)
+    _assert_same(ranks[0], ranks[1], tolerance=0)
+    _assert_same(ranks[0], train_local(qwen, EXPERTS), tolerance=3e-5)
 
 
 def _check_two_processes(folder: Path, cluster: dict[str, int]) -> None:

@@ -185,7 +185,7 @@ def test_recomputing_activations_changes_no_gradient_and_keeps_the_anchors(check
             steps = unlearning.Steps(engine, made, targets(), TASK)
             engine.step = lambda rate: 0.0  # type: ignore[method-assign]  # leave the gradients where they are
             steps.take(1)
-            gradients[recompute, weight] = engine.trainable.routers["1"].grad.clone()
+            gradients[recompute, weight] = engine.trainable.routers["1"].weight.grad.clone()
             reference = engine.forward(TASK_BATCH, reference=True)
             assert torch.equal(reference.logps, MoEModel(checkpoint).forward(TASK_BATCH).logps)
     assert torch.equal(gradients[False, 0.0], gradients[True, 0.0])

@@ -114,6 +114,29 @@ def test_the_full_baseline_is_not_expert_parallel(tmp_path: Path) -> None:
     _refused(tmp_path, "expert_parallel_size = 1", targets={"scope": "full"}, cluster=parallel)
 
 
+def test_folders_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    _refused(
+        tmp_path,
+        r"engine\.cache_dir .* cannot be written",
+        engine={"cache_dir": str(tmp_path / "file" / "x")},
+    )
+    with pytest.raises(ConfigError, match=r"output_dir .* cannot be written"):
+        prepare(validate({"output_dir": str(tmp_path / "file" / "out")}))
+
+
+def test_more_ranks_than_experts_are_refused(tmp_path: Path) -> None:
+    _refused(tmp_path, "must divide", cluster={"num_workers": 64, "expert_parallel_size": 64})
+
+
+def test_an_unknown_family_says_which_are_known_and_how_to_add_one(tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "jetmoe", "num_local_experts": 8}')
+    (folder / "model.safetensors").write_bytes(b"\x02\x00\x00\x00\x00\x00\x00\x00{}")
+    _refused(tmp_path, r"unknown MoE family.*qwen2_moe.*row in families\.py", model={"name": str(folder)})
+
+
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     config = LlamaConfig(
         vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2

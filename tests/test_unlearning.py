@@ -310,7 +310,7 @@ def test_the_routers_gradient_changes_with_the_anchors_weight(checkpoint: Checkp
         anchor = job(anchor={"name": kind, "weight": weight}).anchor
         known["forget"] = engine.forward(batch, grad=True)
         terms = unlearning._call(GradientAscent(), known) | unlearning._call(anchor, known)
-        return torch.autograd.grad(sum(terms.values()), engine.trainable.routers["1"])[0]
+        return torch.autograd.grad(sum(terms.values()), engine.trainable.routers["1"].weight)[0]
 
     none, one, two = gradient(0), gradient(1), gradient(2)
     assert (one - none).abs().max() > 1e-3 * none.abs().max() > 0

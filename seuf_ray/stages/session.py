@@ -35,7 +35,7 @@ def session(cluster: ClusterConfig) -> Iterator[None]:
             os.environ.setdefault(
                 "RAY_BACKEND_LOG_LEVEL", "fatal"
             )  # a laptop's terminal; clusters keep their logs
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.init(**arguments)
     try:
         require(cluster)

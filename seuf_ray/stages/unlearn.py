@@ -56,6 +56,7 @@ def unlearn(job: Job, plan: UnlearningPlan, listener: Listener | None = None) ->
         _append(job.path("metrics.jsonl"), progress)
         if listener is not None:
             listener(progress)
+    shutil.rmtree(job.cache_dir, ignore_errors=True)
     with trainer.result.checkpoint.as_directory() as folder:
         return write_patch(job, plan, load_file(Path(folder) / "trained.safetensors"))
 
@@ -98,6 +99,7 @@ def _trainer(job: Job, plan: UnlearningPlan, queue: Queue) -> _Fit:
         "targets": job.targets(plan),
         "task": ray.put(make_task(job)),
         "queue": queue,
+        "cache_dir": str(job.cache_dir),
     }
     environment = {"OMP_NUM_THREADS": str(_threads(config)), "OMP_WAIT_POLICY": "PASSIVE"}
     if not cluster.gpus_per_worker:
@@ -166,7 +168,9 @@ def _work(settings: dict[str, Any]) -> None:
     )  # else two threads scatter gradients in any order
     config = configs.validate(settings["config"])
     plan = UnlearningPlan.model_validate(settings["plan"])
-    engine = build_engine(config, plan, Path(settings["folder"]))
+    cache = Path(settings["cache_dir"]) / f"rank_{ray.train.get_context().get_world_rank()}"
+    shutil.rmtree(cache, ignore_errors=True)  # of a worker that was killed
+    engine = build_engine(config, plan, Path(settings["folder"]), cache)
     saved = _load_checkpoint(engine.rank)
     for progress in unlearning.run(engine, config, settings["targets"], ray.get(settings["task"]), saved):
         _report(engine, progress)
@@ -206,11 +210,10 @@ def _report(engine: Engine, progress: Progress) -> None:
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def build_engine(config: JobConfig, plan: UnlearningPlan, folder: Path) -> Engine:
+def build_engine(config: JobConfig, plan: UnlearningPlan, folder: Path, spill: Path) -> Engine:
     """The engine that `cluster.engine` asks for, on this process's device."""
     device = ray.train.torch.get_device() if config.cluster.gpus_per_worker else torch.device("cpu")
     checkpoint, dtype = Checkpoint(folder), getattr(torch, config.model.dtype)
-    spill = Path(tempfile.mkdtemp(prefix="seuf-constants-"))
     if not config.cluster.uses_deepspeed:
         return LocalEngine(MoEModel(checkpoint, dtype, device), plan, config.training, config.engine, spill)
     from seuf_ray.deepspeed_engine import (
