@@ -1,4 +1,4 @@
-"""Sources -> texts and questions -> token rows -> batches, and which rows a training step sees.
+"""Sources -> texts and questions -> token rows.
 
 A row is `ids` with `num_context`: log-probabilities of `ids[num_context:]` count. Everything here is a pure
 function of its arguments: every worker gets the same units and batches, and a step can be repeated.

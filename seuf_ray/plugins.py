@@ -52,9 +52,9 @@ def find(kind: str, name: str) -> type[Plugin]:
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{name!r} ({kind}): {error}; a dotted name is an importable module path"
-        ) from error
+        is_itself = error.name is not None and path.startswith(error.name)
+        advice = "a dotted name is an importable module path" if is_itself else f"{path} imports it"
+        raise ConfigError(f"{name!r} ({kind}): {error}; {advice}") from error
     return _sole_class(module)
 
 

@@ -31,7 +31,7 @@ def session(cluster: ClusterConfig) -> Iterator[None]:
         for key, value in DEFAULTS.items():
             os.environ.setdefault(key, value)
         arguments = _arguments(cluster)
-        if arguments.get("address", "") == "" and arguments:
+        if arguments.get("address") == "local":
             os.environ.setdefault(
                 "RAY_BACKEND_LOG_LEVEL", "fatal"
             )  # a laptop's terminal; clusters keep their logs
@@ -53,6 +53,7 @@ def _arguments(cluster: ClusterConfig) -> dict[str, Any]:
     # Logical CPUs are free to choose, and a local job must never wait for one.
     needed = int(cluster.num_workers * cluster.cpus_per_worker) + 2
     return {
+        "address": "local",  # never a cluster that happens to run here: say RAY_ADDRESS=auto for that
         "num_cpus": max(needed, os.cpu_count() or 1),
         "include_dashboard": False,
         "log_to_driver": False,
