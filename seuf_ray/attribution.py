@@ -140,7 +140,7 @@ def _warnings(layers: Sequence[LayerScores], shape: Shape) -> list[str]:
         return []
     return [
         f"no expert stands out: the most chosen one gets only {peak:.1f} times the uniform share of the forget tokens "
-        f"(below {SPECIALISED:g}); on such unspecialised routing SEUF forgets less per lost utility than full training"
+        f"(below {SPECIALISED:g}); such unspecialised targets serve every topic, so that unlearning costs utility"
     ]
 
 

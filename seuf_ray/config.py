@@ -229,6 +229,21 @@ class EngineConfig(Section):
     )
 
 
+class TelemetryConfig(Section):
+    every: int = Field(
+        1, ge=0, description="steps between looks at how the step's forget batch is routed; 0: never"
+    )
+    anchor_gradient_every: int = Field(
+        20,
+        ge=0,
+        description="steps between looks at the anchor's own gradient, a partial backward pass; 0: never",
+    )
+    reference: bool = Field(
+        False,
+        description="run the original for this even where no loss asks for it, up to the last MoE layer",
+    )
+
+
 class Variant(Section):
     """One more row of the comparison: the job with some dotted overrides."""
 
@@ -255,6 +270,7 @@ class JobConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     engine: EngineConfig = EngineConfig()
     guards: GuardsConfig = GuardsConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     inputs: InputsConfig = InputsConfig()
     compare: list[Variant] = Field([], description="further variants that the pipeline trains for its tables")
 

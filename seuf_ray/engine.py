@@ -55,6 +55,9 @@ class Engine(Protocol):
     def step(self, learning_rate: float) -> float:
         """Clip and step; returns the norm over the whole plan before clipping. A non-finite one steps nothing."""
 
+    def router_gradient(self, loss: Tensor) -> Tensor:
+        """This rank's gradient of `loss` with respect to the routers that train, flat; a look, nothing is kept."""
+
     def tensors(self) -> dict[str, Tensor]:
         """The trained tensors under checkpoint names."""
 
@@ -176,6 +179,18 @@ class LocalEngine:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return float(norm)
+
+    def router_gradient(self, loss: Tensor) -> Tensor:
+        if isinstance(self.trainable, FullParameters):
+            weights = [site.gate.get_parameter("weight") for site in self.model.sites.values()]
+        else:
+            weights = list(self.trainable.routers.parameters())
+        if not weights or not loss.requires_grad:
+            return loss.new_zeros(0)
+        found = torch.autograd.grad(
+            loss, weights, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return torch.cat([gradient.flatten() for gradient in found])
 
     def tensors(self) -> dict[str, Tensor]:
         return self.trainable.tensors()

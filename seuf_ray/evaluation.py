@@ -37,9 +37,14 @@ def merge(a: Statistic, b: Statistic) -> Statistic:
     return Statistic(sum=a.sum + b.sum, count=a.count + b.count)
 
 
+def grid_sum(values: Tensor) -> Tensor:
+    """Sum over the last axis of `values` (..., N) in float64, rounded to the grid."""
+    return (values.sum(dim=-1, dtype=torch.float64) / GRID).round() * GRID
+
+
 def statistic(values: Tensor) -> Statistic:
     """Sum on the grid, and count, of `values` (N,)."""
-    return Statistic(sum=float((values.double().sum() / GRID).round() * GRID), count=values.numel())
+    return Statistic(sum=float(grid_sum(values)), count=values.numel())
 
 
 # --- multiple choice ---
@@ -133,19 +138,11 @@ def drift(reference: Forward, current: Forward, scoring: Scoring) -> Drift:
     """How far the routing of the same tokens moved, by layer: shares that stayed, KL to the original."""
     result: Drift = {"overlap_top1": {}, "overlap_topk": {}, "kl": {}}
     for layer, logits in current.router_logits.items():
-        before, after = reference.router_choices[layer], current.router_choices[layer]  # (N, K)
-        same = _top1(reference.router_logits[layer], before) == _top1(logits, after)
-        result["overlap_top1"][layer] = statistic(same)
-        result["overlap_topk"][layer] = statistic(routing.overlap(before, after))
-        result["kl"][layer] = statistic(routing.kl(reference.router_logits[layer], logits, scoring))
+        before = reference.router_logits[layer], reference.router_choices[layer]  # (N, E), (N, K)
+        moved = routing.drift(*before, logits, current.router_choices[layer], scoring)
+        for figure, values in moved.items():
+            result[figure][layer] = statistic(values)
     return result
-
-
-def _top1(logits: Tensor, choices: Tensor) -> Tensor:
-    """(N,) the chosen expert with the highest logit, of equals the lowest; `choices` need no order."""
-    ordered = choices.sort(dim=1).values
-    best = logits.gather(1, ordered).argmax(dim=1, keepdim=True)
-    return ordered.gather(1, best).squeeze(1)
 
 
 def merge_drift(a: Drift, b: Drift) -> Drift:

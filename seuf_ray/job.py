@@ -29,7 +29,8 @@ A = TypeVar("A", bound=Artifact)
 
 PLAN, ATTRIBUTION = "plan.json", "attribution.json"
 BEFORE, AFTER = "evaluation_before.json", "evaluation_after.json"
-TRAINED = (PLAN, "metrics.jsonl", "patch", "train", "cache")  # what the unlearning stage writes
+# What the unlearning stage writes.
+TRAINED = (PLAN, "metrics.jsonl", "tensorboard", "patch", "train", "cache")
 EVERYTHING = (ATTRIBUTION, *TRAINED, BEFORE, AFTER, "comparison.json", "compare", "report.html")
 
 

@@ -68,7 +68,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's fast tokenizer; remote code stays off."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        checkpoint.folder, local_files_only=True, trust_remote_code=False
+    )
+    tokenizer.model_max_length = (
+        10**9
+    )  # rows are cut by data.sequence_length; its own warning would only confuse
+    return tokenizer
 
 
 def _untouched(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -52,6 +52,25 @@ def overlap(reference_choices: Tensor, choices: Tensor) -> Tensor:
     return same.float().mean(dim=-1)
 
 
+def top1(logits: Tensor, choices: Tensor) -> Tensor:
+    """(N,) the chosen expert with the highest logit, of equals the lowest; `choices` (N, K) need no order."""
+    ordered = choices.sort(dim=1).values
+    best = logits.gather(1, ordered).argmax(dim=1, keepdim=True)
+    return ordered.gather(1, best).squeeze(1)
+
+
+def drift(
+    reference_logits: Tensor, reference_choices: Tensor, logits: Tensor, choices: Tensor, scoring: Scoring
+) -> dict[str, Tensor]:
+    """How far the routing of N tokens moved in one layer: (N,) overlap of the first choice, of all K, and KL."""
+    same = top1(reference_logits, reference_choices) == top1(logits, choices)
+    return {
+        "overlap_top1": same.float(),
+        "overlap_topk": overlap(reference_choices, choices),
+        "kl": kl(reference_logits, logits, scoring),
+    }
+
+
 def to_fixed(values: Tensor) -> Tensor:
     """int64 fixed point of non-negative `values`."""
     return (values.double() * FIXED_POINT).round().to(torch.int64)

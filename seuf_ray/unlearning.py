@@ -28,6 +28,7 @@ from seuf_ray.guards import Keeper
 from seuf_ray.monitor import Monitor, Task
 from seuf_ray.passes import Batch, Counts, Targets
 from seuf_ray.plugins import Plugin
+from seuf_ray.telemetry import Telemetry, with_reference
 
 Saved = dict[str, Any]  # what a run needs to go on: step, seconds, engine state, the keeper's best
 
@@ -69,9 +70,11 @@ def run(
 
     def report(step: int, metrics: dict[str, float], broken: str | None = None) -> Progress:
         reason = broken or _floor_reached(metrics, config.training, step)
-        violated = keeper.judge(step, metrics) if broken is None else None  # a step not taken broke nothing
+        taken = (
+            step if broken is None else step - 1
+        )  # a broken step is not taken; the one before may be to blame
+        violated = keeper.judge(taken, metrics)
         is_last = step == config.training.steps or (reason or violated) is not None
-        taken = step if broken is None else step - 1
         kept = keeper.finish(taken, violated) if is_last else None
 
         def save() -> Saved:
@@ -90,7 +93,8 @@ def run(
         clock += time.perf_counter() - started
         broken = _broken(terms, norm, step)
         if broken or step % config.training.evaluate_every == 0 or step == config.training.steps:
-            progress = report(step, monitor.measure() | terms | {"grad_norm": norm, "seconds": clock}, broken)
+            figures = terms | {"grad_norm": norm, "seconds": clock} | steps.telemetry.collect()
+            progress = report(step, monitor.measure() | figures, broken)
             yield progress
             if progress.stopped is not None:
                 return
@@ -106,7 +110,9 @@ class Steps:
             "forget": Sampler(len(task.forget), size, seed=2 * config.seed),
             "retain": Sampler(len(task.retain), size, seed=2 * config.seed + 1),
         }
-        self.depths = depths_of([config.algorithm, config.anchor], targets)
+        depths = depths_of([config.algorithm, config.anchor], targets)
+        self.depths = with_reference(depths, targets, config.telemetry)
+        self.telemetry = Telemetry(engine, targets, config.telemetry)
 
     def take(self, step: int) -> tuple[dict[str, float], float]:
         """The terms' values over the whole batch, and the gradient norm before clipping."""
@@ -114,6 +120,7 @@ class Steps:
         counts = {name: self.engine.counts(batches) for name, batches in parts.items()}
         number = max(len(batches) for batches in parts.values())
         sums: dict[str, float] = {}
+        self.telemetry.begin(step)
         for at in range(number):
             terms = self._terms({name: batches[at] for name, batches in parts.items()}, counts)
             values = self._values(terms)
@@ -121,6 +128,7 @@ class Steps:
             if not math.isfinite(values["loss/total"]):
                 return sums, math.nan
             self.engine.backward(torch.stack(list(terms.values())).sum(), last=at == number - 1)
+        self.telemetry.end()
         return sums, self.engine.step(learning_rate(self.config.training, step))
 
     def _parts(self, step: int) -> dict[str, list[Batch]]:
@@ -151,7 +159,9 @@ class Steps:
             passes[name] = self.engine.forward(
                 batches[side], depth=self.depths[name], counts=counts[side], **kind
             )
-        return _call(self.config.algorithm, passes) | _call(self.config.anchor, passes)
+        anchor = _call(self.config.anchor, passes)
+        self.telemetry.observe(passes, anchor)
+        return _call(self.config.algorithm, passes) | anchor
 
     def _values(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over ranks: each rank's term is its share of the whole batch's mean, times the number of ranks."""

@@ -32,6 +32,7 @@ def _environment() -> dict[str, str]:
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin make each other ten times slower on a busy machine
         "TOKENIZERS_PARALLELISM": "false",
         # Workers of Ray find functions that test modules define.
         "PYTHONPATH": os.pathsep.join(

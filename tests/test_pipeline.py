@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_boards import shown
 from tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,6 +93,12 @@ def test_progress_reaches_the_driver_and_metrics_jsonl(finished: tuple[Job, list
         assert name in written[-1]
     for figure in ("overlap_top1", "overlap_topk", "kl"):
         assert all(f"{figure}/{side}/{at}" in written[-1] for side in ("forget", "retain") for at in layers)
+    (target,) = UnlearningPlan.read(job.path("plan.json")).routers
+    for figure in ("overlap_top1", "overlap_topk", "kl", "target_tokens", "target_tokens_ref"):
+        assert f"step/{figure}/{target}" in written[-1]
+    points = shown(job.path("tensorboard"))
+    assert points.keys() == {name for record in written for name in record} - {"step", "kept"}
+    assert [step for step, _ in points["utility"]] == [0, 2, 4]
 
 
 def test_the_original_does_not_drift_and_the_patch_does(artifacts: dict[str, Any]) -> None:

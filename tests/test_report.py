@@ -169,6 +169,17 @@ def test_hostile_names_are_only_text(tmp_path: Path) -> None:
     assert text.count("&lt;script&gt;") > 10
 
 
+def test_tokens_on_target_experts_are_drawn_where_they_were_recorded(tmp_path: Path, text: str) -> None:
+    told = [
+        {"step": step, "step/target_tokens/3": 0.25, "step/target_tokens_ref/3": 0.125} for step in (10, 20)
+    ]
+    after, title = evaluation(0.3, 0.9, 0.1), "Training tokens on target experts"
+    path = write_report(tmp_path / "r.html", attribution(), plan(), [*metrics(), *told], after, after)
+    found = path.read_text()
+    assert title in found and title not in text
+    assert "layer 3, original router: 0.125" in found and "layer 3: 0.25" in found
+
+
 def test_a_run_that_recorded_nothing(tmp_path: Path) -> None:
     empty: dict[str, Any] = {"overlap_top1": {}, "overlap_topk": {}, "kl": {}, "utility": {}}
     before = evaluation(0.9, 0.9, 0.0).model_copy(update=empty)

@@ -49,25 +49,19 @@ def routing(metrics: Metrics, plan: UnlearningPlan, after: EvaluationReport) -> 
         "If unlearning succeeds by sending tokens to other experts, the knowledge stays where it was. These curves say "
         "how far each layer's routing moved from the original model's; thick lines are the layers whose router trained."
     )
-    pairs = [_drift_chart(metrics, plan, name, title, data) for name, title in DRIFTS for data in SETS]
+    pictures = [_drift_chart(metrics, plan, name, title, data) for name, title in DRIFTS for data in SETS]
+    pictures += _target_chart(metrics)
     layers = sorted(
         {layer for name, _ in DRIFTS for data in SETS for layer in getattr(after, name).get(data, {})}
     )
     final = markup.details("Every layer after training", layers_table(after, layers), len(layers) <= 12)
     return markup.section(
-        "Routing", markup.paragraph(text, "soft"), f'<div class="grid wide">{"".join(pairs)}</div>', final
+        "Routing", markup.paragraph(text, "soft"), f'<div class="grid wide">{"".join(pictures)}</div>', final
     )
 
 
 def _drift_chart(metrics: Metrics, plan: UnlearningPlan, name: Drift, title: str, data: DataSet) -> str:
-    layers = sorted(
-        {
-            int(parts[2])
-            for record in metrics
-            for key in record
-            if (parts := key.split("/"))[:2] == [name, data]
-        }
-    )
+    layers = _layers(metrics, [name, data])
     lines = [
         Line(
             f"layer {layer}{', trained' * _is_trained(plan, layer)}",
@@ -85,6 +79,30 @@ def _drift_chart(metrics: Metrics, plan: UnlearningPlan, name: Drift, title: str
     axes = Axes(y_range=_common_range(metrics, name), y_label="nats" if name == "kl" else "share")
     entries = [(line.colour, line.label) for line in shown[:FEW_LAYERS]]
     return markup.figure(f"{title}, {data} tokens", charts.line_chart(lines, axes), entries)
+
+
+def _target_chart(metrics: Metrics) -> list[str]:
+    """Where training recorded it: do the forget tokens still go to the experts that are being changed?"""
+    layers = _layers(metrics, ["step", "target_tokens"])[:FEW_LAYERS]
+    lines = []
+    for index, layer in enumerate(layers):
+        colour = charts.sequential(index, len(layers))
+        now, before = (_series(metrics, f"step/target_tokens{end}/{layer}") for end in ("", "_ref"))
+        lines.append(Line(f"layer {layer}", now, colour, bold=True))
+        lines.append(Line(f"layer {layer}, original router", before, colour, dashed=True))
+    title = "Training tokens on target experts"
+    picture = charts.line_chart(lines, Axes(y_range=(0.0, 1.0), y_label="share"))
+    entries = [(line.colour, line.label) for line in lines[::2]]
+    caption = (
+        "Forget tokens of the steps; dashed: the same tokens under the original router, where it was run."
+    )
+    return [markup.figure(title, picture, entries, caption)] if lines else []
+
+
+def _layers(metrics: Metrics, head: list[str]) -> list[int]:
+    """The layers that keys HEAD/LAYER speak of."""
+    split = (key.split("/") for record in metrics for key in record)
+    return sorted({int(parts[2]) for parts in split if parts[:2] == head})
 
 
 def _is_trained(plan: UnlearningPlan, layer: int) -> bool:

@@ -33,13 +33,14 @@ from seuf_ray.job import Job, write_patch
 from seuf_ray.model import MoEModel
 from seuf_ray.monitor import Task
 from seuf_ray.patch import require_storable
+from seuf_ray.stages.boards import Gauges, TensorBoard
 from seuf_ray.unlearning import Progress
 
 Listener = Callable[[Progress], None]
 
 
 def unlearn(job: Job, plan: UnlearningPlan, listener: Listener | None = None) -> Path:
-    """Train the plan; writes `metrics.jsonl` and `patch/`, and returns the patch folder.
+    """Train the plan; writes `metrics.jsonl`, `tensorboard/` and `patch/`, and returns the patch folder.
 
     Args:
         listener: called on the driver with each small evaluation while training runs.
@@ -49,13 +50,16 @@ def unlearn(job: Job, plan: UnlearningPlan, listener: Listener | None = None) ->
     require_storable(job.checkpoint, plan.tensors)
     if not job.config.resume:  # Ray Train goes on from whatever it finds there
         shutil.rmtree(job.path("train"), ignore_errors=True)
+        shutil.rmtree(job.path("tensorboard"), ignore_errors=True)
         job.path("metrics.jsonl").unlink(missing_ok=True)
     queue = Queue(actor_options={"num_cpus": 0})
     trainer = _trainer(job, plan, queue)
-    for progress in _watch(trainer, queue):
-        _append(job.path("metrics.jsonl"), progress)
-        if listener is not None:
-            listener(progress)
+    with TensorBoard(job.path("tensorboard")) as board:
+        for progress in _watch(trainer, queue):
+            _append(job.path("metrics.jsonl"), progress)
+            board.show(progress)
+            if listener is not None:
+                listener(progress)
     shutil.rmtree(job.cache_dir, ignore_errors=True)
     with trainer.result.checkpoint.as_directory() as folder:
         return write_patch(job, plan, load_file(Path(folder) / "trained.safetensors"))
@@ -171,10 +175,11 @@ def _work(settings: dict[str, Any]) -> None:
     cache = Path(settings["cache_dir"]) / f"rank_{ray.train.get_context().get_world_rank()}"
     shutil.rmtree(cache, ignore_errors=True)  # of a worker that was killed
     engine = build_engine(config, plan, Path(settings["folder"]), cache)
-    saved = _load_checkpoint(engine.rank)
+    saved, gauges = _load_checkpoint(engine.rank), Gauges(config.name)
     for progress in unlearning.run(engine, config, settings["targets"], ray.get(settings["task"]), saved):
         _report(engine, progress)
         if engine.rank == 0:  # after the checkpoint: a line that is shown need not be trained again
+            gauges.show(progress)
             told = {"step": progress.step, "metrics": progress.metrics, "stopped": progress.stopped}
             settings["queue"].put({**told, "kept": progress.kept})
 
