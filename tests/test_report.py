@@ -228,3 +228,14 @@ def test_a_large_model(tmp_path: Path) -> None:
     assert text.count(": affinity ") == 60 * 256
     assert text.count('class="target"') == 2
     assert len(text) < 4_000_000
+
+
+def test_an_early_end_is_told_with_the_step_that_was_kept(tmp_path: Path) -> None:
+    after = evaluation(0.2, 0.9, 0.1)
+    ended: list[dict[str, Any]] = [*metrics()]
+    ended[-1] = {**ended[-1], "stopped": "guards.max_kl = 0.5 violated <here>", "kept": 4}
+    text = write_report(tmp_path / "r.html", attribution(), plan(), ended, after, after).read_text()
+    Page(text)
+    assert "guards.max_kl = 0.5 violated &lt;here&gt;. The patch holds the tensors of step 4." in text
+    whole = write_report(tmp_path / "w.html", attribution(), plan(), metrics(), after, after).read_text()
+    assert "Training ended early" not in whole

@@ -43,6 +43,7 @@ def write_report(
     parts = [
         _header(attribution, plan, job or {}),
         _warnings(attribution.warnings),
+        _ending(metrics),
         _headline(plan, before, after),
         experts.section(attribution, plan),
         curves.training(metrics),
@@ -92,6 +93,15 @@ def _warnings(warnings: Sequence[str]) -> str:
         if items
         else ""
     )
+
+
+def _ending(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """Why training ended early, and which step's tensors are the result; nothing for a run of all its steps."""
+    last = metrics[-1] if metrics else {}
+    if not last.get("stopped"):
+        return ""
+    kept = f" The patch holds the tensors of step {last['kept']}." if "kept" in last else ""
+    return f'<div class="warning"><b>Training ended early</b><p>{escape(str(last["stopped"]) + "." + kept)}</p></div>'
 
 
 def _headline(plan: UnlearningPlan, before: EvaluationReport, after: EvaluationReport) -> str:
