@@ -106,6 +106,7 @@ class LocalEngine:
         )
 
     def _agree(self, size: int) -> int:
+        """The mean of all ranks' sizes: the same on each, so that they decide alike."""
         return int(self.total(torch.tensor(float(size), dtype=torch.float64)) / self.world_size)
 
     def parameters(self) -> list[torch.nn.Parameter]:

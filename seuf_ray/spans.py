@@ -87,7 +87,8 @@ class ConstantCache:
     Args:
         max_bytes: in memory, on whatever device the tensors are.
         spill: folder of this process for what does not fit; made when it is needed.
-        agree: maximum over ranks. A miss runs collective calls, so ranks must keep and forget the same batches.
+        agree: makes one size of every rank's (their mean). A miss runs collective calls, so ranks must keep and forget
+            the same batches.
     """
 
     def __init__(
