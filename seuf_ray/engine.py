@@ -15,9 +15,10 @@ from torch import Tensor
 
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.config import EngineConfig, TrainingConfig
-from seuf_ray.model import MoEModel, Prefix, batch_counts
+from seuf_ray.model import ALL, MoEModel, Prefix, batch_counts
 from seuf_ray.overlay import FullParameters, Overlay
 from seuf_ray.passes import Batch, Counts, Forward
+from seuf_ray.plugins import Reads
 from seuf_ray.spans import ConstantCache
 
 State = dict[str, Any]
@@ -35,14 +36,14 @@ class Engine(Protocol):
         *,
         reference: bool = False,
         grad: bool = False,
-        depth: int | None = None,
+        reads: Reads = ALL,
         counts: Counts | None = None,
     ) -> Forward:
         """One pass of this rank's share of a batch.
 
         Args:
             reference: run the original model (never with gradients).
-            depth: decoder layers to run; None: all, and the language-model head.
+            reads: what is wanted of it besides routing.
             counts: of the whole batch per rank; default: of what all ranks pass now.
         """
 
@@ -121,17 +122,17 @@ class LocalEngine:
         *,
         reference: bool = False,
         grad: bool = False,
-        depth: int | None = None,
+        reads: Reads = ALL,
         counts: Counts | None = None,
     ) -> Forward:
         batch = batch.to(self.model.device)
         counts = counts or self.counts([batch])
         if reference:
-            return self._reference(batch, depth, counts)
+            return self._reference(batch, reads, counts)
         with torch.set_grad_enabled(grad):
             checkpointing = grad and self.config.gradient_checkpointing
             prefix = self._prefix(batch)
-            return self.model.forward(batch, counts, depth=depth, prefix=prefix, checkpointing=checkpointing)
+            return self.model.forward(batch, counts, reads=reads, prefix=prefix, checkpointing=checkpointing)
 
     def counts(self, parts: list[Batch]) -> Counts:
         """Counts of a batch that these parts, on all ranks, make up; divided by the number of ranks."""
@@ -145,7 +146,7 @@ class LocalEngine:
         kept = self.cache.get(key, self.model.device) if batch.key is not None else None
         if kept is not None:
             assert kept["hidden"].shape[:2] == batch.ids.shape, f"two batches are called {batch.key}"
-            return Prefix(self.first_layer, kept["hidden"], *_routing(kept))
+            return Prefix(self.first_layer, kept["hidden"], _group(kept, "logits"), _group(kept, "choices"))
         prefix = self.model.prefix(batch, self.first_layer)
         if batch.key is not None and self.first_layer > 0:
             self.cache.put(
@@ -154,19 +155,21 @@ class LocalEngine:
         return prefix
 
     @torch.no_grad()
-    def _reference(self, batch: Batch, depth: int | None, counts: Counts) -> Forward:
+    def _reference(self, batch: Batch, reads: Reads, counts: Counts) -> Forward:
         """The original model's pass: the same every time, so kept for a batch that comes again."""
-        key = (batch.key, "reference", depth)
-        kept = self.cache.get(key, self.model.device) if batch.key is not None else None
-        if kept is not None:
-            return Forward(kept["logps"], batch.counted[:, 1:], *_routing(kept), {}, *counts)
+        key = (batch.key, "reference", reads)
+        is_kept = (
+            batch.key is not None and not reads.logits
+        )  # logits are the size of hundreds of hidden states
+        if is_kept and (kept := self.cache.get(key, self.model.device)) is not None:
+            return _unflatten(kept, batch, counts)
         with self.trainable.reference():
             prefix = None if isinstance(self.trainable, FullParameters) else self._prefix(batch)
-            forward = self.model.forward(batch, counts, depth=depth, prefix=prefix)
-        if batch.key is not None:
-            self.cache.put(
-                key, {"logps": forward.logps} | _flat(forward.router_logits, forward.router_choices)
-            )
+            forward = self.model.forward(batch, counts, reads=reads, prefix=prefix)
+        if is_kept:
+            routing = _flat(forward.router_logits, forward.router_choices)
+            hidden = {f"hidden/{at}": tensor for at, tensor in forward.hidden.items()}
+            self.cache.put(key, {"logps": forward.logps} | routing | hidden)
         return forward
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
@@ -220,14 +223,25 @@ def _flat(logits: dict[int, Tensor], choices: dict[int, Tensor]) -> dict[str, Te
     return {f"logits/{at}": t for at, t in logits.items()} | {f"choices/{at}": t for at, t in choices.items()}
 
 
-def _routing(flat: dict[str, Tensor]) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """The inverse of `_flat`."""
-    found: dict[str, dict[int, Tensor]] = {"logits": {}, "choices": {}}
-    for name, tensor in flat.items():
-        kind, _, layer = name.partition("/")
-        if layer:
-            found[kind][int(layer)] = tensor
-    return found["logits"], found["choices"]
+def _group(flat: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
+    """The tensors called `kind`/LAYER, by layer."""
+    named = {name.partition("/")[2]: tensor for name, tensor in flat.items() if name.startswith(f"{kind}/")}
+    return {int(layer): tensor for layer, tensor in named.items()}
+
+
+def _unflatten(flat: dict[str, Tensor], batch: Batch, counts: Counts) -> Forward:
+    num_tokens, num_sequences, num_routed = counts
+    return Forward(
+        logps=flat["logps"],
+        mask=batch.counted[:, 1:],
+        router_logits=_group(flat, "logits"),
+        router_choices=_group(flat, "choices"),
+        hidden=_group(flat, "hidden"),
+        real=batch.routed,
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        num_routed=num_routed,
+    )
 
 
 def clone(value: Any) -> Any:

@@ -9,7 +9,8 @@ DeepSeek-V2 has no output for them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,10 @@ from seuf_ray.loading import load
 from seuf_ray.loading import load_tokenizer as load_tokenizer
 from seuf_ray.naming import place, view
 from seuf_ray.passes import Batch, Counts, Forward, token_logps
+from seuf_ray.plugins import Reads
 from seuf_ray.spans import Spans
+
+ALL = Reads()
 
 
 @dataclass(frozen=True)
@@ -134,29 +138,34 @@ class MoEModel:
         batch: Batch,
         counts: Counts | None = None,
         *,
-        depth: int | None = None,
+        reads: Reads = ALL,
         prefix: Prefix | None = None,
         checkpointing: bool = False,
     ) -> Forward:
-        """Run `batch` through the model, or through its first `depth` layers.
+        """Run `batch` through the model, as far as `reads` needs it.
 
         Args:
             counts: of the whole batch per rank; default: this batch's own.
-            depth: decoder layers to run; None: all, and the language-model head.
+            reads: what is wanted besides routing.
             prefix: where to go on from, if the lower layers are known already.
             checkpointing: recompute each layer in the backward pass instead of keeping its activations.
         """
         self.taps.clear()
         start = prefix or Prefix(0, self.spans.embed(batch.ids), {}, {})
-        last = self.spans.num_layers if depth is None else max(depth, start.layer)
-        hidden = self._run(start, last, batch, checkpointing)
-        logits, choices = self._routing(batch)
+        last = self.spans.num_layers if reads.depth is None else max(reads.depth, start.layer)
+        with _outputs_of(self.spans.layers, reads.hidden) as outputs:
+            hidden = self._run(start, last, batch, checkpointing)
+        router_logits, router_choices = self._routing(batch)
+        logps, logits = self._head(hidden, batch, reads)
         num_tokens, num_sequences, num_routed = counts or batch_counts(batch)
         return Forward(
-            logps=self._logps(hidden, batch, skip=depth is not None),
+            logps=logps,
             mask=batch.counted[:, 1:],
-            router_logits=start.router_logits | logits,
-            router_choices=start.router_choices | choices,
+            router_logits=start.router_logits | router_logits,
+            router_choices=start.router_choices | router_choices,
+            hidden=dict(outputs),
+            real=batch.routed,
+            logits=logits,
             num_tokens=num_tokens,
             num_sequences=num_sequences,
             num_routed=num_routed,
@@ -166,29 +175,38 @@ class MoEModel:
     def prefix(self, batch: Batch, layer: int) -> Prefix:
         """What the layers below `layer` make of a batch."""
         self.taps.clear()
-        hidden = self.spans.run(0, layer, self.spans.embed(batch.ids), batch.attention)
+        hidden = self.spans.run(0, layer, self.spans.embed(batch.ids), batch.mask, batch.positions)
         return Prefix(layer, hidden, *self._routing(batch))
 
     def route(self, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Router logits (N, E) and choices (N, K) by layer; nothing above the last router is computed."""
-        forward = self.forward(batch, depth=max(self.shape.moe_layers) + 1)
-        return forward.router_logits, forward.router_choices
+        """Router logits (N, E) and choices (N, K) by layer; nothing after the last router is computed."""
+        self.taps.clear()
+        last = max(self.shape.moe_layers)
+        with _stopping_after(self.sites[last].router):
+            self.spans.run(0, last + 1, self.spans.embed(batch.ids), batch.mask, batch.positions)
+        return self._routing(batch)
 
     def _run(self, start: Prefix, last: int, batch: Batch, checkpointing: bool) -> Tensor:
+        hidden, mask, positions = start.hidden, batch.mask, batch.positions
         if not checkpointing:
-            return self.spans.run(start.layer, last, start.hidden, batch.attention)
-        hidden = start.hidden
+            return self.spans.run(start.layer, last, hidden, mask, positions)
         for layer in range(start.layer, last):
             # Not reentrant: only so do router logits, which leave the layer through a tap, keep their gradient.
             run = functools.partial(self.spans.run, layer, layer + 1)
-            hidden = recomputed(run, hidden, batch.attention, use_reentrant=False)
+            hidden = recomputed(run, hidden, mask, positions, use_reentrant=False)
         return hidden
 
-    def _logps(self, hidden: Tensor, batch: Batch, skip: bool) -> Tensor:
-        """(B, T-1); NaN where the pass was cut short, so that a loss which reads it cannot pass silently."""
-        if skip:
-            return torch.full_like(batch.ids[:, 1:], torch.nan, dtype=torch.float32)
-        return token_logps(self.spans.head(hidden), batch.ids)
+    def _head(self, hidden: Tensor, batch: Batch, reads: Reads) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities (B, T-1), and logits if they are read.
+
+        NaN where the pass was cut short, so that a loss which reads it cannot pass silently.
+        """
+        if reads.depth is not None:
+            return torch.full_like(batch.ids[:, 1:], torch.nan, dtype=torch.float32), None
+        if not reads.logits:
+            return token_logps(self.spans.head(hidden), batch.ids), None
+        logits = self.spans.head(hidden)
+        return token_logps(logits, batch.ids), logits[:, :-1]
 
     def _routing(self, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """What the taps saw of real tokens: padding is routed too, and must never count."""
@@ -237,6 +255,44 @@ class MoEModel:
             if self._holds(name):
                 found.append(name)
         return sorted(found)
+
+
+class _Enough(Exception):
+    """Raised inside a pass that needs to go no further."""
+
+
+@contextmanager
+def _stopping_after(module: nn.Module) -> Iterator[None]:
+    """Inside, a pass ends once `module` (and what taps it) is done; the rest of it is not computed."""
+
+    def stop(*_: Any) -> None:
+        raise _Enough
+
+    hook = module.register_forward_hook(stop)
+    try:
+        with suppress(_Enough):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _outputs_of(layers: nn.ModuleList, wanted: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """Inside, collects the output (B, T, D) of the `wanted` layers."""
+    outputs: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[layer] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    hooks = [layers[layer].register_forward_hook(keep(layer)) for layer in wanted]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def batch_counts(batch: Batch) -> Counts:

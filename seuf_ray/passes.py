@@ -29,6 +29,8 @@ class Batch:
         ids: (B, T) token ids, padded on the right.
         attention: (B, T) True at real tokens.
         counted: (B, T) True at tokens whose log-probability counts (never the first of a row, never padding).
+        segments: (B, T) number of the packed sequence that a token belongs to, within its row, -1 for padding; None:
+            every row is one sequence. Tokens see their own sequence only, and count positions from its beginning.
         is_filler: the rows only keep a rank company in collective calls; nothing of them counts.
         key: names this batch, if it will come again with exactly these rows; what is constant for it can be kept.
     """
@@ -36,6 +38,7 @@ class Batch:
     ids: Tensor
     attention: Tensor
     counted: Tensor
+    segments: Tensor | None = None
     is_filler: bool = False
     key: Hashable = None
 
@@ -43,6 +46,23 @@ class Batch:
     def routed(self) -> Tensor:
         """(B, T) True at tokens whose routing counts."""
         return torch.zeros_like(self.attention) if self.is_filler else self.attention
+
+    @property
+    def mask(self) -> Tensor:
+        """What attention may see: (B, T) real tokens, or (B, 1, T, T) the earlier ones of the same packed sequence."""
+        if self.segments is None:
+            return self.attention
+        same = self.segments[:, None, :, None] == self.segments[:, None, None, :]
+        return same.tril()  # padding sees padding: a row without any would make NaN
+
+    @property
+    def positions(self) -> Tensor | None:
+        """(B, T) place of each token in its packed sequence; None: in its row."""
+        if self.segments is None:
+            return None
+        index = torch.arange(self.ids.shape[1], device=self.ids.device).expand_as(self.ids)
+        starts = self.segments.diff(dim=1, prepend=self.segments[:, :1] - 1) != 0
+        return index - torch.where(starts, index, 0).cummax(dim=1).values
 
     def filler(self) -> Batch:
         """The same rows, counting nothing; a masked-out row would make NaN in attention instead."""
@@ -53,8 +73,8 @@ class Batch:
         return replace(self, key=key)
 
     def to(self, device: torch.device | str) -> Batch:
-        tensors = {name: getattr(self, name).to(device) for name in ("ids", "attention", "counted")}
-        return replace(self, **tensors)
+        names = [n for n in ("ids", "attention", "counted", "segments") if getattr(self, n) is not None]
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 @dataclass(frozen=True)
@@ -66,11 +86,13 @@ class Forward:
         mask: (B, T-1) True where that token counts.
         router_logits: layer -> (N, E), the N real tokens of the batch (padding never counts).
         router_choices: layer -> (N, K), the experts chosen for them, best first.
-        hidden: layer -> (B, T, D), output of the tapped decoder layers.
+        hidden: layer -> (B, T, D), output of the decoder layers that a loss reads (before the final norm).
+        real: (B, T) True at the tokens of `hidden` that count.
+        logits: (B, T-1, V) of each next token, where a loss reads them.
         num_tokens, num_sequences, num_routed: counted tokens, rows and real tokens of the whole batch over all ranks,
             divided by the number of ranks.
 
-    A pass that was cut short (see `Plugin.depth`) has NaN in `logps`: reading what was not computed stops a run.
+    A pass that was cut short (see `Reads.depth`) has NaN in `logps`: reading what was not computed stops a run.
     """
 
     logps: Tensor
@@ -78,6 +100,8 @@ class Forward:
     router_logits: dict[int, Tensor] = field(default_factory=dict)
     router_choices: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    real: Tensor | None = None
+    logits: Tensor | None = None
     num_tokens: float = 0.0
     num_sequences: float = 0.0
     num_routed: float = 0.0
@@ -98,6 +122,11 @@ class Forward:
         """Mean of per-token routing `values` (N,) over real tokens."""
         return values.sum() / self.num_routed
 
+    def mean_hidden(self, values: Tensor) -> Tensor:
+        """Mean of per-token `values` (B, T) over real tokens."""
+        assert self.real is not None
+        return torch.where(self.real, values, 0).sum() / self.num_routed
+
     def sequence_logps(self) -> Tensor:
         """(B,) summed log-probability of each row's counted tokens (`S` of method.md section 5)."""
         return torch.where(self.mask, self.logps, 0).sum(dim=1)
@@ -110,9 +139,13 @@ def token_logps(logits: Tensor, ids: Tensor) -> Tensor:
         logits: (B, T, V) of the model.
         ids: (B, T) token ids.
     """
-    shifted = logits[:, :-1].float()
-    chosen = shifted.gather(2, ids[:, 1:, None]).squeeze(2)
-    return chosen - shifted.logsumexp(dim=2)
+    return chosen_logps(logits[:, :-1], ids[:, 1:])
+
+
+def chosen_logps(logits: Tensor, tokens: Tensor) -> Tensor:
+    """(...) log-probability of `tokens` (...) under `logits` (..., V), in float32."""
+    wide = logits.float()
+    return wide.gather(-1, tokens[..., None]).squeeze(-1) - wide.logsumexp(dim=-1)
 
 
 @dataclass(frozen=True)

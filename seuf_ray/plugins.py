@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +19,27 @@ from pydantic import BaseModel, ConfigDict
 from seuf_ray.errors import ConfigError, did_you_mean
 
 
+@dataclass(frozen=True)
+class Reads:
+    """What a loss reads of one pass; what nobody reads is not computed.
+
+    Attributes:
+        depth: decoder layers that must run; None: all of them and the language-model head.
+        hidden: decoder layers whose output (B, T, D) is kept, as `Forward.hidden`.
+        logits: whether the head's logits (B, T-1, V) are kept, as `Forward.logits`, besides log-probabilities.
+    """
+
+    depth: int | None = None
+    hidden: frozenset[int] = frozenset()
+    logits: bool = False
+
+    def __or__(self, other: Reads) -> Reads:
+        """What serves both."""
+        depths = (self.depth, other.depth)
+        depth = None if None in depths else max(d for d in depths if d is not None)
+        return Reads(depth, self.hidden | other.hidden, self.logits or other.logits)
+
+
 class Plugin(BaseModel):
     """Base of every plug-in: frozen, and unknown hyper-parameters are errors."""
 
@@ -25,13 +47,18 @@ class Plugin(BaseModel):
 
     name: str
 
-    def depth(self, targets: Any) -> int | None:
-        """How many decoder layers its passes must run; None: all of them and the language-model head.
+    def reads(self, targets: Any, name: str) -> Reads | None:
+        """What its loss reads of the pass called `name` (a parameter of `loss`); default: log-probabilities.
+
+        None: with these hyper-parameters it needs no such pass, and takes None in its place.
 
         Args:
             targets: the plan's `passes.Targets`.
+
+        Raises:
+            ConfigError: a hyper-parameter names what these targets or this model do not have.
         """
-        return None
+        return Reads()
 
 
 def available(kind: str) -> list[str]:

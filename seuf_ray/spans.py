@@ -27,7 +27,8 @@ class Spans:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.num_layers = len(module.get_submodule("model.layers"))  # type: ignore[arg-type]
+        layers: Any = module.get_submodule("model.layers")
+        self.layers, self.num_layers = layers, len(layers)
         self._made: dict[tuple[int, int], nn.Module] = {}
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -35,17 +36,23 @@ class Spans:
         hidden: Tensor = self.module.get_submodule("model.embed_tokens")(ids)
         return hidden
 
-    def run(self, first: int, last: int, hidden: Tensor, attention: Tensor) -> Tensor:
+    def run(
+        self, first: int, last: int, hidden: Tensor, mask: Tensor, positions: Tensor | None = None
+    ) -> Tensor:
         """(B, T, D) after layers [first, last), with the final norm if `last` is the end of the model.
 
         Args:
             hidden: (B, T, D) input of layer `first`.
-            attention: (B, T) True at real tokens.
+            mask: (B, T) True at real tokens, or (B, 1, T, T) True at what each token may attend to.
+            positions: (B, T) of each token; default: its place in the row.
         """
         if first == last:
             return hidden
         output = self._narrowed(first, last)(
-            inputs_embeds=hidden, attention_mask=attention.long(), use_cache=False
+            inputs_embeds=hidden,
+            attention_mask=mask.long() if mask.dim() == 2 else mask,
+            position_ids=positions,
+            use_cache=False,
         )
         result: Tensor = output.last_hidden_state
         return result

@@ -29,6 +29,7 @@ from seuf_ray.config import TelemetryConfig
 from seuf_ray.engine import Engine
 from seuf_ray.evaluation import grid_sum
 from seuf_ray.passes import Forward, Targets
+from seuf_ray.plugins import Reads
 
 
 class Telemetry:
@@ -116,14 +117,12 @@ class Telemetry:
         return {f"step/{name}/{layer}": torch.isin(choices, self._experts[layer]).any(dim=1).float()}
 
 
-def with_reference(
-    depths: Mapping[str, int | None], targets: Targets, config: TelemetryConfig
-) -> dict[str, int | None]:
-    """Depths of a step's passes, with the original's deep enough for `telemetry.reference`."""
+def with_reference(reads: Mapping[str, Reads], targets: Targets, config: TelemetryConfig) -> dict[str, Reads]:
+    """What is read of a step's passes, with the original's deep enough for `telemetry.reference`."""
     if not (config.reference and config.every):
-        return dict(depths)
-    known, wanted = depths.get("forget_ref", 0), max(targets.moe_layers) + 1
-    return {**depths, "forget_ref": None if known is None else max(known, wanted)}
+        return dict(reads)
+    wanted = Reads(depth=max(targets.moe_layers) + 1)
+    return {**reads, "forget_ref": reads.get("forget_ref", wanted) | wanted}
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -27,7 +27,7 @@ from seuf_ray.engine import Engine
 from seuf_ray.guards import Keeper
 from seuf_ray.monitor import Monitor, Task
 from seuf_ray.passes import Batch, Counts, Targets
-from seuf_ray.plugins import Plugin
+from seuf_ray.plugins import Plugin, Reads
 from seuf_ray.telemetry import Telemetry, with_reference
 
 Saved = dict[str, Any]  # what a run needs to go on: step, seconds, engine state, the keeper's best
@@ -110,8 +110,8 @@ class Steps:
             "forget": Sampler(len(task.forget), size, seed=2 * config.seed),
             "retain": Sampler(len(task.retain), size, seed=2 * config.seed + 1),
         }
-        depths = depths_of([config.algorithm, config.anchor], targets)
-        self.depths = with_reference(depths, targets, config.telemetry)
+        reads = reads_of([config.algorithm, config.anchor], targets)
+        self.reads = with_reference(reads, targets, config.telemetry)
         self.telemetry = Telemetry(engine, targets, config.telemetry)
 
     def take(self, step: int) -> tuple[dict[str, float], float]:
@@ -134,7 +134,7 @@ class Steps:
     def _parts(self, step: int) -> dict[str, list[Batch]]:
         """This rank's micro-batches of each set that a loss reads; every rank has the same number of them."""
         parts = {}
-        for name in sorted({needed.removesuffix("_ref") for needed in self.depths}):
+        for name in sorted({needed.removesuffix("_ref") for needed in self.reads}):
             number = self.samplers[name].batch(step - 1)
             rows: list[Row] = getattr(self.task, name)
             chosen = [rows[i] for i in self.samplers[name].rows(number)]
@@ -152,12 +152,12 @@ class Steps:
     def _terms(self, batches: Mapping[str, Batch], counts: Mapping[str, Counts]) -> dict[str, Tensor]:
         passes: dict[str, object] = {"targets": self.targets}
         for name in sorted(
-            self.depths, key=lambda name: not name.endswith("_ref")
+            self.reads, key=lambda name: not name.endswith("_ref")
         ):  # references leave no graph
             side = name.removesuffix("_ref")
             kind = {"reference": True} if name != side else {"grad": True}
             passes[name] = self.engine.forward(
-                batches[side], depth=self.depths[name], counts=counts[side], **kind
+                batches[side], reads=self.reads[name], counts=counts[side], **kind
             )
         anchor = _call(self.config.anchor, passes)
         self.telemetry.observe(passes, anchor)
@@ -176,21 +176,20 @@ def passes_of(plugin: Plugin) -> set[str]:
     return {name for name in inspect.signature(plugin.loss).parameters if name != "targets"}  # type: ignore[attr-defined]
 
 
-def depths_of(plugins: Sequence[Plugin], targets: Targets) -> dict[str, int | None]:
-    """Each pass that the losses ask for, and how deep it must go: None is all layers and the head."""
-    asked: dict[str, list[int | None]] = {}
+def reads_of(plugins: Sequence[Plugin], targets: Targets) -> dict[str, Reads]:
+    """Each pass that the losses ask for, and what they read of it."""
+    asked: dict[str, Reads] = {}
     for plugin in plugins:
         for name in sorted(passes_of(plugin)):
-            asked.setdefault(name, []).append(plugin.depth(targets))
-    return {
-        name: None if None in found else max(d for d in found if d is not None)
-        for name, found in asked.items()
-    }
+            reads = plugin.reads(targets, name)
+            if reads is not None:
+                asked[name] = asked[name] | reads if name in asked else reads
+    return asked
 
 
 def _call(plugin: Plugin, known: Mapping[str, object]) -> dict[str, Tensor]:
     wanted = inspect.signature(plugin.loss).parameters  # type: ignore[attr-defined]
-    terms: dict[str, Tensor] = plugin.loss(**{name: known[name] for name in wanted})  # type: ignore[attr-defined]
+    terms: dict[str, Tensor] = plugin.loss(**{name: known.get(name) for name in wanted})  # type: ignore[attr-defined]
     return terms
 
 

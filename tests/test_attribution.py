@@ -21,7 +21,7 @@ from tiny import PROVENANCE, save_tiny
 from torch import Tensor
 
 from seuf_ray.artifacts import AttributionReport, DataSummary, Expert, LayerScores, Provenance, UnlearningPlan
-from seuf_ray.attribution import RoutingStatistics, choose_targets, make_report, unit_statistics
+from seuf_ray.attribution import RoutingStatistics, make_report, unit_statistics
 from seuf_ray.batches import collate
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.config import AttributionConfig, TargetsConfig
@@ -29,6 +29,7 @@ from seuf_ray.data import Row
 from seuf_ray.errors import ConfigError
 from seuf_ray.families import Scoring, Shape
 from seuf_ray.model import MoEModel
+from seuf_ray.selection import choose_targets
 
 DATA = DataSummary(sources=["traces"], num_texts=1, num_rows=1, num_tokens=1)
 TRACES = (

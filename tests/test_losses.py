@@ -479,7 +479,13 @@ class TestRanks:
         router = {layer: normal(0, EXPERTS, seed=37) for layer in LAYERS}
         choices = {layer: torch.zeros(0, TOP_K, dtype=torch.int64) for layer in LAYERS}
         filler = Forward(
-            token_logps(logits, rows.ids), rows.counted[:, 1:], router, choices, {}, 5.0, 2.0, 9.0
+            token_logps(logits, rows.ids),
+            rows.counted[:, 1:],
+            router,
+            choices,
+            num_tokens=5.0,
+            num_sequences=2.0,
+            num_routed=9.0,
         )
         known = {"forget": filler, "forget_ref": filler, "retain": filler, "targets": TARGETS}
         for plugin in (GA, GradientDifference(), KLAnchor(), OneHotAnchor()):

@@ -22,7 +22,7 @@ from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.config import JobConfig, TrainingConfig
 from seuf_ray.data import Row
 from seuf_ray.engine import LocalEngine
-from seuf_ray.model import MoEModel
+from seuf_ray.model import ALL, MoEModel
 from seuf_ray.passes import Batch, Forward, Targets
 from seuf_ray.plugins import Plugin
 from seuf_ray.quiz import Quiz
@@ -64,7 +64,7 @@ class Pass(NamedTuple):
     batch: Batch
     reference: bool
     grad: bool
-    depth: int | None
+    depth: int | None  # of what is read
 
 
 class Recording(LocalEngine):
@@ -77,7 +77,7 @@ class Recording(LocalEngine):
 
     def forward(self, batch: Batch, **kind: Any) -> Forward:
         self.passes.append(
-            Pass(batch, kind.get("reference", False), kind.get("grad", False), kind.get("depth"))
+            Pass(batch, kind.get("reference", False), kind.get("grad", False), kind.get("reads", ALL).depth)
         )
         return super().forward(batch, **kind)
 

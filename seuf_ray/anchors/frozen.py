@@ -9,15 +9,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from seuf_ray.passes import Targets
 from seuf_ray.plugins import Plugin
 
 
 class FrozenRouter(Plugin):
     name: Literal["frozen"] = "frozen"
-
-    def depth(self, targets: Targets) -> int:
-        return 0
 
     def loss(self) -> dict[str, Tensor]:
         return {}

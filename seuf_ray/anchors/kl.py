@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seuf_ray import routing
 from seuf_ray.passes import Forward, Targets
-from seuf_ray.plugins import Plugin
+from seuf_ray.plugins import Plugin, Reads
 
 
 class KLAnchor(Plugin):
@@ -25,8 +25,8 @@ class KLAnchor(Plugin):
     weight: float = Field(1.0, ge=0, description="weight of the anchor (alpha in the paper)")
     layers: Literal["targets", "all"] = Field("targets", description="which routers are anchored")
 
-    def depth(self, targets: Targets) -> int:
-        return max(self._layers(targets)) + 1
+    def reads(self, targets: Targets, name: str) -> Reads:
+        return Reads(depth=max(self._layers(targets)) + 1)
 
     def loss(self, targets: Targets, forget: Forward, forget_ref: Forward) -> dict[str, Tensor]:
         drifts = [

@@ -6,15 +6,11 @@ from typing import Literal
 
 from torch import Tensor
 
-from seuf_ray.passes import Targets
 from seuf_ray.plugins import Plugin
 
 
 class NoAnchor(Plugin):
     name: Literal["none"] = "none"
-
-    def depth(self, targets: Targets) -> int:
-        return 0
 
     def loss(self) -> dict[str, Tensor]:
         return {}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seuf_ray import routing
 from seuf_ray.passes import Forward, Targets
-from seuf_ray.plugins import Plugin
+from seuf_ray.plugins import Plugin, Reads
 
 
 class OneHotAnchor(Plugin):
@@ -31,8 +31,8 @@ class OneHotAnchor(Plugin):
         "gates", description="gates is Eq. 3, scores the authors' code"
     )
 
-    def depth(self, targets: Targets) -> int:
-        return max(targets.routers) + 1
+    def reads(self, targets: Targets, name: str) -> Reads:
+        return Reads(depth=max(targets.routers) + 1)
 
     def loss(self, targets: Targets, forget: Forward) -> dict[str, Tensor]:
         distances = [forget.mean_routed(self._distance(targets, forget, layer)) for layer in targets.routers]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from seuf_ray.artifacts import AttributionReport, UnlearningPlan, provenance
-from seuf_ray.attribution import choose_targets
 from seuf_ray.job import ATTRIBUTION, PLAN, Job, read_input
+from seuf_ray.selection import choose_targets
 
 
 def plan(job: Job, report: AttributionReport | None = None, *, write: bool = True) -> UnlearningPlan:
