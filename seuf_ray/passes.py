@@ -87,10 +87,12 @@ class Forward:
         router_logits: layer -> (N, E), the N real tokens of the batch (padding never counts).
         router_choices: layer -> (N, K), the experts chosen for them, best first.
         hidden: layer -> (B, T, D), output of the decoder layers that a loss reads (before the final norm).
+        router_inputs: layer -> (N, D), of the routers whose inputs are read, at the N real tokens.
         real: (B, T) True at the tokens of `hidden` that count.
         logits: (B, T-1, V) of each next token, where a loss reads them.
-        num_tokens, num_sequences, num_routed: counted tokens, rows and real tokens of the whole batch over all ranks,
-            divided by the number of ranks.
+        tokens: (B, T-1) the tokens whose log-probabilities `logps` are.
+        num_tokens, num_sequences, num_routed: counted tokens, rows with such a token, and real tokens of the whole
+            batch over all ranks, divided by the number of ranks.
 
     A pass that was cut short (see `Reads.depth`) has NaN in `logps`: reading what was not computed stops a run.
     """
@@ -100,8 +102,10 @@ class Forward:
     router_logits: dict[int, Tensor] = field(default_factory=dict)
     router_choices: dict[int, Tensor] = field(default_factory=dict)
     hidden: dict[int, Tensor] = field(default_factory=dict)
+    router_inputs: dict[int, Tensor] = field(default_factory=dict)
     real: Tensor | None = None
     logits: Tensor | None = None
+    tokens: Tensor | None = None
     num_tokens: float = 0.0
     num_sequences: float = 0.0
     num_routed: float = 0.0
@@ -115,8 +119,8 @@ class Forward:
         return torch.where(self.mask, values, 0).sum() / self.num_tokens
 
     def mean_sequences(self, values: Tensor) -> Tensor:
-        """Mean of per-sequence `values` (B,)."""
-        return values.sum() / self.num_sequences
+        """Mean of per-sequence `values` (B,) over rows with a counted token."""
+        return torch.where(self.mask.any(dim=1), values, 0).sum() / self.num_sequences
 
     def mean_routed(self, values: Tensor) -> Tensor:
         """Mean of per-token routing `values` (N,) over real tokens."""
@@ -130,6 +134,34 @@ class Forward:
     def sequence_logps(self) -> Tensor:
         """(B,) summed log-probability of each row's counted tokens (`S` of method.md section 5)."""
         return torch.where(self.mask, self.logps, 0).sum(dim=1)
+
+
+def flat_routing(logits: dict[int, Tensor], choices: dict[int, Tensor]) -> dict[str, Tensor]:
+    """A pass's routing under one name for each tensor, to be kept; `by_layer` undoes it."""
+    return {f"logits/{at}": t for at, t in logits.items()} | {f"choices/{at}": t for at, t in choices.items()}
+
+
+def by_layer(flat: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
+    """The tensors called `kind`/LAYER, by layer."""
+    named = {name.partition("/")[2]: tensor for name, tensor in flat.items() if name.startswith(f"{kind}/")}
+    return {int(layer): tensor for layer, tensor in named.items()}
+
+
+def restored(flat: dict[str, Tensor], batch: Batch, counts: Counts) -> Forward:
+    """A pass over `batch` from what was kept of it: `logps`, and `logits`, `choices` and `hidden` by layer."""
+    num_tokens, num_sequences, num_routed = counts
+    return Forward(
+        logps=flat["logps"],
+        mask=batch.counted[:, 1:],
+        router_logits=by_layer(flat, "logits"),
+        router_choices=by_layer(flat, "choices"),
+        hidden=by_layer(flat, "hidden"),
+        real=batch.routed,
+        tokens=batch.ids[:, 1:],
+        num_tokens=num_tokens,
+        num_sequences=num_sequences,
+        num_routed=num_routed,
+    )
 
 
 def token_logps(logits: Tensor, ids: Tensor) -> Tensor:

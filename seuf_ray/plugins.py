@@ -27,17 +27,24 @@ class Reads:
         depth: decoder layers that must run; None: all of them and the language-model head.
         hidden: decoder layers whose output (B, T, D) is kept, as `Forward.hidden`.
         logits: whether the head's logits (B, T-1, V) are kept, as `Forward.logits`, besides log-probabilities.
+        router_inputs: MoE layers whose router's inputs (N, D) are kept, as `Forward.router_inputs`.
     """
 
     depth: int | None = None
     hidden: frozenset[int] = frozenset()
     logits: bool = False
+    router_inputs: frozenset[int] = frozenset()
 
     def __or__(self, other: Reads) -> Reads:
         """What serves both."""
         depths = (self.depth, other.depth)
         depth = None if None in depths else max(d for d in depths if d is not None)
-        return Reads(depth, self.hidden | other.hidden, self.logits or other.logits)
+        return Reads(
+            depth,
+            self.hidden | other.hidden,
+            self.logits or other.logits,
+            self.router_inputs | other.router_inputs,
+        )
 
 
 class Plugin(BaseModel):

@@ -13,6 +13,24 @@ from typing import Any
 
 import pytest
 import torch
+from forwards import (
+    EXPERTS,
+    FORGET,
+    LAYERS,
+    RETAIN,
+    TARGETS,
+    TOP_K,
+    VOCAB,
+    assert_same,
+    forward,
+    gradients,
+    naive_ce,
+    normal,
+    one_token,
+    router_logits,
+    sum_of,
+    token_logits,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -29,28 +47,10 @@ from seuf_ray.data import Row
 from seuf_ray.families import Scoring
 from seuf_ray.passes import Forward, Targets, token_logps
 
-VOCAB, EXPERTS, TOP_K = 7, 6, 2
-LAYERS = (1, 3, 4)
-FORGET = [Row((3, 1, 4, 1, 5)), Row((2, 6, 5), num_context=2), Row((0, 3, 5, 0, 2, 6, 4), num_context=3)]
-RETAIN = [Row((1, 2, 3)), Row((6, 5, 4, 3, 2, 1))]
-TARGETS = Targets(
-    experts=((1, 0), (1, 4), (4, 2)), routers=(1, 4), moe_layers=(0, *LAYERS), scoring="softmax"
-)
 GA, NONE = GradientAscent(), NoAnchor()
 
 
 # --- the loops ---
-
-
-def naive_ce(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Mean NLL of the counted tokens: every one has the same weight, whatever row it is in."""
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    for b, row in enumerate(rows):
-        for t in range(row.num_context, len(row.ids)):
-            denominator = sum(logits[b, t - 1, v].exp() for v in range(VOCAB))
-            total = total - (logits[b, t - 1, row.ids[t]].exp() / denominator).log()
-            count += 1
-    return total / count
 
 
 def naive_distribution(logits: Tensor, scoring: Scoring) -> list[Tensor]:
@@ -88,63 +88,6 @@ def naive_onehot(router: dict[int, Tensor], targets: Targets, anchor: OneHotAnch
                 total = total + (value - wanted) ** 2 / (EXPERTS if anchor.reduction == "mean" else 1)
             count += 1
     return anchor.weight * total / count
-
-
-# --- forwards made of random numbers ---
-
-
-def normal(*shape: int, seed: int, spread: float = 2.0) -> Tensor:
-    """A float64 leaf that gradients reach."""
-    generator = torch.Generator().manual_seed(seed)
-    values = spread * torch.randn(*shape, generator=generator, dtype=torch.float64)
-    return values.requires_grad_()
-
-
-def token_logits(rows: Sequence[Row], seed: int) -> Tensor:
-    return normal(len(rows), max(len(row.ids) for row in rows), VOCAB, seed=seed)
-
-
-def router_logits(rows: Sequence[Row], seed: int) -> dict[int, Tensor]:
-    num_tokens = sum(len(row.ids) for row in rows)
-    return {layer: normal(num_tokens, EXPERTS, seed=100 * seed + layer) for layer in LAYERS}
-
-
-def forward(
-    rows: Sequence[Row], logits: Tensor, router: dict[int, Tensor] | None = None, **counts: float
-) -> Forward:
-    """What a pass of one process over `rows` leaves behind; `counts` where the batch lies on several."""
-    batch = collate(rows, pad_id=0)
-    own: dict[str, float] = {
-        "num_tokens": float(batch.counted.sum()),
-        "num_sequences": float(len(rows)),
-        "num_routed": float(batch.attention.sum()),
-    }
-    return Forward(
-        token_logps(logits, batch.ids),
-        batch.counted[:, 1:],
-        router_logits=router or {},
-        router_choices={at: z.topk(TOP_K, dim=-1).indices for at, z in (router or {}).items()},
-        **(own | counts),
-    )
-
-
-def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, leaves, materialize_grads=True, retain_graph=True))
-
-
-def assert_same(ours: Tensor, theirs: Tensor, leaves: Sequence[Tensor]) -> None:
-    """Value and every gradient agree to float32."""
-    torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-6)
-    for mine, other in zip(gradients(ours, leaves), gradients(theirs, leaves), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
-
-
-def one_token(*rows: tuple[float, int]) -> Forward:
-    """Rows whose every counted token has probability `p` of two tokens: (p, number of counted tokens)."""
-    made = [Row((0,) * (n + 1)) for _, n in rows]
-    longest = max(n for _, n in rows) + 1
-    logits = torch.tensor([[[math.log(p), math.log(1 - p)]] * longest for p, _ in rows])
-    return forward(made, logits)
 
 
 # --- gradient ascent and difference ---
@@ -212,10 +155,6 @@ class TestGradientDifference:
 
     def test_the_default_weight_is_one(self) -> None:
         assert GradientDifference().retain_weight == 1.0
-
-
-def sum_of(terms: dict[str, Tensor]) -> Tensor:
-    return torch.stack(list(terms.values())).sum()
 
 
 # --- anchors ---
@@ -456,7 +395,6 @@ class TestRanks:
     def test_means_of_float64_agree_to_its_last_digits(self) -> None:
         """Nothing but the order of additions differs: with 3 and 17 tokens, each divided by 20 / 2 = 10."""
         values, logps = normal(20, seed=34).detach(), normal(1, 20, seed=35).detach()
-        nothing = torch.zeros(1, 0)
         halves = []
         for part in (slice(0, 3), slice(3, 20)):
             rank = Forward(
@@ -467,7 +405,7 @@ class TestRanks:
                 num_routed=10,
             )
             halves.append([rank.nll(), rank.mean_sequences(values[part]), rank.mean_routed(values[part])])
-        whole = Forward(nothing, nothing.bool(), num_sequences=20, num_routed=20)
+        whole = Forward(logps, torch.ones(1, 20, dtype=torch.bool), num_sequences=20, num_routed=20)
         means = [(a + b) / 2 for a, b in zip(*halves, strict=True)]
         expected = [-logps.mean(), whole.mean_sequences(values), whole.mean_routed(values)]
         torch.testing.assert_close(torch.stack(means), torch.stack(expected), rtol=1e-15, atol=1e-15)
@@ -562,7 +500,7 @@ def test_the_order_of_sequences_does_not_matter(order: list[int], seed: int) -> 
 def test_a_loss_outside_the_package_asks_for_its_passes_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NPO's difference to the original, on the forget set: needs `forget` and `forget_ref`, gets nothing else."""
+    """The mean lift over the original, on the forget set: needs `forget` and `forget_ref`, gets nothing else."""
     (tmp_path / "their_lab").mkdir()
     (tmp_path / "their_lab" / "lift.py").write_text(
         "from seuf_ray.plugins import Plugin\n\n"
@@ -576,7 +514,7 @@ def test_a_loss_outside_the_package_asks_for_its_passes_by_name(
     job = config.validate({"output_dir": "x", "algorithm": {"name": "their_lab.lift", "strength": 2}})
     assert unlearning.passes_of(job.algorithm) == {"forget", "forget_ref"}
     assert unlearning.passes_of(KLAnchor()) == {"forget", "forget_ref"}
-    assert unlearning.passes_of(GradientDifference()) == {"forget", "retain"}
+    assert unlearning.passes_of(GradientDifference()) == {"forget", "retain", "retain_ref"}
     known = {
         "forget": one_token((0.5, 2), (0.75, 1)),
         "forget_ref": one_token((0.25, 2), (0.75, 1)),
