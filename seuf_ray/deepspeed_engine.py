@@ -8,6 +8,7 @@ order matters: overlay parameters exist before `deepspeed.initialize` (which rep
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +48,17 @@ class DeepSpeedEngine(LocalEngine):
         super().__init__(model, plan, training, config, spill)
 
     def _prepare(self) -> None:
-        import deepspeed
-
-        _avoid_compiling()
         self.model.module.add_module("overlay", self.trainable)
         groups = self._groups(self.parameters())
-        self.model.detach()  # taps hold the blocks that DeepSpeed replaces, and with them all experts
-        self.engine, *_ = deepspeed.initialize(
-            model=self.model.module,
+        self.engine = _initialize(
+            self.model,
+            self._deepspeed_config(),
             # Given a ready optimizer, DeepSpeed would keep every source expert until it has mapped them.
             optimizer=lambda _: torch.optim.AdamW(
                 groups, lr=self.training.learning_rate, weight_decay=self.training.weight_decay
             ),
-            config=self._deepspeed_config(),
-            dist_init_required=False,
         )
         self.optimizer = self.engine.optimizer
-        self.engine.module.eval()
-        self.model.attach(self.engine.module)
 
     def _groups(self, parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
         """ZeRO 1 and 2 insist on a parameter group marked as MoE; ours holds one element that never trains."""
@@ -78,23 +72,13 @@ class DeepSpeedEngine(LocalEngine):
         return groups
 
     def _deepspeed_config(self) -> dict[str, Any]:
-        parallel = self.cluster.expert_parallel_size
-        config: dict[str, Any] = {
+        return _expert_parallel(self.model, self.cluster.expert_parallel_size) | {
             "train_micro_batch_size_per_gpu": max(1, self.training.batch_size // self.world_size),
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self.training.max_grad_norm if self.cluster.zero_stage else 0.0,
             "zero_optimization": {"stage": self.cluster.zero_stage},
             "zero_allow_untested_optimizer": True,
-            "steps_per_print": 2**31,
         }
-        if parallel > 1:
-            family = self.model.family
-            config["expert_parallel"] = {
-                "enabled": True,
-                "autoep_size": parallel,
-                "preset_model": family.preset,
-            }
-        return config
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
@@ -108,6 +92,7 @@ class DeepSpeedEngine(LocalEngine):
             self.engine.zero_grad()
             return norm
         self.engine.step()
+        self._project()
         return float(self.engine.get_global_grad_norm()) if norm is None else norm
 
     @property
@@ -181,6 +166,41 @@ def owned_experts(num_experts: int, rank: int, expert_parallel_size: int) -> ran
     size = num_experts // expert_parallel_size
     first = (rank % expert_parallel_size) * size
     return range(first, first + size)
+
+
+def shard_experts(model: MoEModel, expert_parallel_size: int) -> None:
+    """Leave this rank its own experts of a frozen `model`, and let its passes exchange tokens with other ranks.
+
+    From here on a pass is collective: every rank runs one at the same time, though of another batch.
+    """
+    if expert_parallel_size > 1:
+        _initialize(
+            model, {"train_micro_batch_size_per_gpu": 1} | _expert_parallel(model, expert_parallel_size)
+        )
+
+
+def _expert_parallel(model: MoEModel, size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of `size` ranks that share one copy of the experts."""
+    if size == 1:
+        return {}
+    return {"expert_parallel": {"enabled": True, "autoep_size": size, "preset_model": model.family.preset}}
+
+
+def _initialize(model: MoEModel, config: dict[str, Any], optimizer: Callable[..., Any] | None = None) -> Any:
+    """DeepSpeed's engine around `model`, which then sees the blocks that AutoEP has put in place of its own."""
+    import deepspeed
+
+    _avoid_compiling()
+    model.detach()  # taps hold the blocks that DeepSpeed replaces, and with them all experts
+    engine, *_ = deepspeed.initialize(
+        model=model.module,
+        optimizer=optimizer,
+        config={"steps_per_print": 2**31} | config,
+        dist_init_required=False,
+    )
+    engine.module.eval()
+    model.attach(engine.module)
+    return engine
 
 
 def _avoid_compiling() -> None:

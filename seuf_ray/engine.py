@@ -7,6 +7,7 @@ hands back scalars to minimise. What trains is known by checkpoint names. Nothin
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.config import EngineConfig, TrainingConfig
+from seuf_ray.inplace import InPlace
+from seuf_ray.lora import LowRank
 from seuf_ray.model import ALL, MoEModel, Prefix, batch_counts
-from seuf_ray.overlay import FullParameters, Overlay
-from seuf_ray.passes import Batch, Counts, Forward
+from seuf_ray.overlay import Overlay
+from seuf_ray.passes import Batch, Counts, Forward, by_layer, flat_routing, restored
 from seuf_ray.plugins import Reads
+from seuf_ray.projection import Projection
 from seuf_ray.spans import ConstantCache
 
 State = dict[str, Any]
@@ -55,6 +59,9 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float) -> float:
         """Clip and step; returns the norm over the whole plan before clipping. A non-finite one steps nothing."""
+
+    def constrain(self, bases: Mapping[int, Tensor]) -> None:
+        """From now on steps change no router in the directions that `bases` has for its layer, (D, R) orthonormal."""
 
     def router_gradient(self, loss: Tensor) -> Tensor:
         """This rank's gradient of `loss` with respect to the routers that train, flat; a look, nothing is kept."""
@@ -99,6 +106,7 @@ class LocalEngine:
         self.trainable = trainable_part(model, plan)
         self._prepare()
         self.trainable.attach(self.model)
+        self.projections: list[Projection] = []
         self.cache = ConstantCache(self.config.prefix_cache_bytes, spill, self._agree)
 
     def _prepare(self) -> None:
@@ -112,9 +120,7 @@ class LocalEngine:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """What the optimiser sees: the plan's tensors and nothing else."""
-        if isinstance(self.trainable, FullParameters):
-            return list(self.model.module.parameters())
-        return list(self.trainable.parameters())
+        return self.trainable.trained()
 
     def forward(
         self,
@@ -140,17 +146,21 @@ class LocalEngine:
         tokens, sequences, routed = (self.total(local) / self.world_size).tolist()
         return tokens, sequences, routed
 
-    def _prefix(self, batch: Batch) -> Prefix:
+    def _prefix(self, batch: Batch) -> Prefix | None:
         """Nothing below the lowest target ever changes, so a batch that comes again goes on from there."""
+        if self.first_layer == 0:
+            return None  # embeddings may train
         key = (batch.key, "prefix")
         kept = self.cache.get(key, self.model.device) if batch.key is not None else None
         if kept is not None:
             assert kept["hidden"].shape[:2] == batch.ids.shape, f"two batches are called {batch.key}"
-            return Prefix(self.first_layer, kept["hidden"], _group(kept, "logits"), _group(kept, "choices"))
+            return Prefix(
+                self.first_layer, kept["hidden"], by_layer(kept, "logits"), by_layer(kept, "choices")
+            )
         prefix = self.model.prefix(batch, self.first_layer)
-        if batch.key is not None and self.first_layer > 0:
+        if batch.key is not None:
             self.cache.put(
-                key, {"hidden": prefix.hidden} | _flat(prefix.router_logits, prefix.router_choices)
+                key, {"hidden": prefix.hidden} | flat_routing(prefix.router_logits, prefix.router_choices)
             )
         return prefix
 
@@ -162,12 +172,11 @@ class LocalEngine:
             batch.key is not None and not reads.logits
         )  # logits are the size of hundreds of hidden states
         if is_kept and (kept := self.cache.get(key, self.model.device)) is not None:
-            return _unflatten(kept, batch, counts)
+            return restored(kept, batch, counts)
         with self.trainable.reference():
-            prefix = None if isinstance(self.trainable, FullParameters) else self._prefix(batch)
-            forward = self.model.forward(batch, counts, reads=reads, prefix=prefix)
+            forward = self.model.forward(batch, counts, reads=reads, prefix=self._prefix(batch))
         if is_kept:
-            routing = _flat(forward.router_logits, forward.router_choices)
+            routing = flat_routing(forward.router_logits, forward.router_choices)
             hidden = {f"hidden/{at}": tensor for at, tensor in forward.hidden.items()}
             self.cache.put(key, {"logps": forward.logps} | routing | hidden)
         return forward
@@ -181,14 +190,27 @@ class LocalEngine:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters(), self.training.max_grad_norm)
         if math.isfinite(norm):
             self.optimizer.step()
+            self._project()
         self.optimizer.zero_grad()
         return float(norm)
 
+    def constrain(self, bases: Mapping[int, Tensor]) -> None:
+        weights, original = self.trainable.router_weights(), self.model.checkpoint
+        self.projections = [
+            Projection(
+                weights[layer],
+                original.read(self.model.family.router_tensor(layer)).to(self.model.dtype).to(weights[layer]),
+                basis.to(weights[layer].device),
+            )
+            for layer, basis in bases.items()
+        ]
+
+    def _project(self) -> None:
+        for projection in self.projections:
+            projection.apply()
+
     def router_gradient(self, loss: Tensor) -> Tensor:
-        if isinstance(self.trainable, FullParameters):
-            weights = [site.gate.get_parameter("weight") for site in self.model.sites.values()]
-        else:
-            weights = list(self.trainable.routers.parameters())
+        weights = list(self.trainable.router_weights().values())
         if not weights or not loss.requires_grad:
             return loss.new_zeros(0)
         found = torch.autograd.grad(
@@ -214,34 +236,11 @@ class LocalEngine:
         self.optimizer.zero_grad()  # of a step that was given up half way
 
 
-def trainable_part(model: MoEModel, plan: UnlearningPlan) -> Overlay | FullParameters:
-    """The plan's parameters, copied from the model."""
-    return FullParameters(model) if plan.is_full else Overlay(model, plan)
-
-
-def _flat(logits: dict[int, Tensor], choices: dict[int, Tensor]) -> dict[str, Tensor]:
-    return {f"logits/{at}": t for at, t in logits.items()} | {f"choices/{at}": t for at, t in choices.items()}
-
-
-def _group(flat: dict[str, Tensor], kind: str) -> dict[int, Tensor]:
-    """The tensors called `kind`/LAYER, by layer."""
-    named = {name.partition("/")[2]: tensor for name, tensor in flat.items() if name.startswith(f"{kind}/")}
-    return {int(layer): tensor for layer, tensor in named.items()}
-
-
-def _unflatten(flat: dict[str, Tensor], batch: Batch, counts: Counts) -> Forward:
-    num_tokens, num_sequences, num_routed = counts
-    return Forward(
-        logps=flat["logps"],
-        mask=batch.counted[:, 1:],
-        router_logits=_group(flat, "logits"),
-        router_choices=_group(flat, "choices"),
-        hidden=_group(flat, "hidden"),
-        real=batch.routed,
-        num_tokens=num_tokens,
-        num_sequences=num_sequences,
-        num_routed=num_routed,
-    )
+def trainable_part(model: MoEModel, plan: UnlearningPlan) -> Overlay | InPlace | LowRank:
+    """What of the plan trains, in or beside the model."""
+    if plan.lora is not None:
+        return LowRank(model, plan.tensors, plan.lora.rank, plan.lora.alpha, plan.provenance.seed)
+    return InPlace(model, plan.tensors) if plan.is_in_place else Overlay(model, plan)
 
 
 def clone(value: Any) -> Any:

@@ -1,18 +1,10 @@
-"""A causal MoE language model in one process: load it, run it, tap its routers, exchange its tensors.
-
-Since transformers 5 every family has `mlp.gate` (router) and `mlp.experts` (fused 3-D parameters); DeepSpeed AutoEP
-replaces the block by one with `mlp.router`. A `Site` hides that difference, so taps and overlay do not know which of
-the two they sit on. Router logits are computed from the router's input and weight: they equal the model's own, and
-DeepSeek-V2 has no output for them.
-"""
+"""A causal MoE language model in one process: load it, run it, tap its routers, exchange its tensors."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +14,13 @@ from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.loading import load
 from seuf_ray.loading import load_tokenizer as load_tokenizer
 from seuf_ray.naming import place, view
-from seuf_ray.passes import Batch, Counts, Forward, token_logps
+from seuf_ray.passes import Batch, Counts, Forward, chosen_logps, token_logps
 from seuf_ray.plugins import Reads
 from seuf_ray.spans import Spans
+from seuf_ray.taps import RouterTaps, inputs_of, outputs_of, site_of, stopping_after
 
 ALL = Reads()
-
-
-@dataclass(frozen=True)
-class Site:
-    """One MoE layer of a model.
-
-    Attributes:
-        layer: its index.
-        block: the module whose output is the layer's MoE output (B, T, D).
-        router: called with the tokens; its output tuple holds scores (N, K) and choices (N, K).
-        gate: the module whose `weight` (E, D) is the router's.
-        scores_at, choices_at: where in the router's output they are.
-    """
-
-    layer: int
-    block: nn.Module
-    router: nn.Module
-    gate: nn.Module
-    scores_at: int
-    choices_at: int
+HEAD_TOKENS = 256  # whose logits exist at once where memory is dear
 
 
 @dataclass(frozen=True)
@@ -57,40 +31,6 @@ class Prefix:
     hidden: Tensor
     router_logits: dict[int, Tensor]
     router_choices: dict[int, Tensor]
-
-
-class RouterTaps:
-    """Records each router's logits (N, E) and choices (N, K) of the last pass, by layer."""
-
-    def __init__(self, sites: Mapping[int, Site]) -> None:
-        self.logits: dict[int, Tensor] = {}
-        self.choices: dict[int, Tensor] = {}
-        self._hooks = []
-        for site in sites.values():  # for transformers' blocks the gate is the router itself
-            self._hooks.append(site.gate.register_forward_hook(self._record_logits(site)))
-            self._hooks.append(site.router.register_forward_hook(self._record_choices(site)))
-
-    def remove(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def clear(self) -> None:
-        """Forget the last pass; a backward pass that recomputed layers has left its own records."""
-        self.logits.clear()
-        self.choices.clear()
-
-    def _record_logits(self, site: Site) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
-            logits = output[0] if isinstance(output, tuple) else output
-            self.logits[site.layer] = logits.reshape(-1, logits.shape[-1]).float()
-
-        return hook
-
-    def _record_choices(self, site: Site) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            self.choices[site.layer] = output[site.choices_at].detach()
-
-        return hook
 
 
 class MoEModel:
@@ -120,7 +60,7 @@ class MoEModel:
     def attach(self, module: nn.Module) -> None:
         """Use `module` (after DeepSpeed replaced its MoE blocks) and tap its routers."""
         self.module = module
-        self.sites = {layer: _site(module, layer) for layer in self.shape.moe_layers}
+        self.sites = {layer: site_of(module, layer) for layer in self.shape.moe_layers}
         self.taps = RouterTaps(self.sites)
         self.spans = Spans(module)
 
@@ -148,15 +88,16 @@ class MoEModel:
             counts: of the whole batch per rank; default: this batch's own.
             reads: what is wanted besides routing.
             prefix: where to go on from, if the lower layers are known already.
-            checkpointing: recompute each layer in the backward pass instead of keeping its activations.
+            checkpointing: recompute each layer, and the head, in the backward pass instead of keeping activations.
         """
         self.taps.clear()
         start = prefix or Prefix(0, self.spans.embed(batch.ids), {}, {})
         last = self.spans.num_layers if reads.depth is None else max(reads.depth, start.layer)
-        with _outputs_of(self.spans.layers, reads.hidden) as outputs:
+        tapped = inputs_of(self.sites, reads.router_inputs)
+        with outputs_of(self.spans.layers, reads.hidden) as outputs, tapped as inputs:
             hidden = self._run(start, last, batch, checkpointing)
         router_logits, router_choices = self._routing(batch)
-        logps, logits = self._head(hidden, batch, reads)
+        logps, logits = self._head(hidden, batch, reads, checkpointing)
         num_tokens, num_sequences, num_routed = counts or batch_counts(batch)
         return Forward(
             logps=logps,
@@ -164,8 +105,10 @@ class MoEModel:
             router_logits=start.router_logits | router_logits,
             router_choices=start.router_choices | router_choices,
             hidden=dict(outputs),
+            router_inputs={layer: seen[batch.routed.flatten()] for layer, seen in inputs.items()},
             real=batch.routed,
             logits=logits,
+            tokens=batch.ids[:, 1:],
             num_tokens=num_tokens,
             num_sequences=num_sequences,
             num_routed=num_routed,
@@ -182,7 +125,7 @@ class MoEModel:
         """Router logits (N, E) and choices (N, K) by layer; nothing after the last router is computed."""
         self.taps.clear()
         last = max(self.shape.moe_layers)
-        with _stopping_after(self.sites[last].router):
+        with stopping_after(self.sites[last].router):
             self.spans.run(0, last + 1, self.spans.embed(batch.ids), batch.mask, batch.positions)
         return self._routing(batch)
 
@@ -196,17 +139,29 @@ class MoEModel:
             hidden = recomputed(run, hidden, mask, positions, use_reentrant=False)
         return hidden
 
-    def _head(self, hidden: Tensor, batch: Batch, reads: Reads) -> tuple[Tensor, Tensor | None]:
+    def _head(
+        self, hidden: Tensor, batch: Batch, reads: Reads, checkpointing: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities (B, T-1), and logits if they are read.
 
         NaN where the pass was cut short, so that a loss which reads it cannot pass silently.
         """
         if reads.depth is not None:
             return torch.full_like(batch.ids[:, 1:], torch.nan, dtype=torch.float32), None
-        if not reads.logits:
-            return token_logps(self.spans.head(hidden), batch.ids), None
+        if checkpointing and not reads.logits:
+            return self._frugal_logps(hidden[:, :-1], batch.ids[:, 1:]), None
         logits = self.spans.head(hidden)
-        return token_logps(logits, batch.ids), logits[:, :-1]
+        return token_logps(logits, batch.ids), logits[:, :-1] if reads.logits else None
+
+    def _frugal_logps(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(B, T-1), with the logits of few tokens in memory at any time: a large vocabulary's outweigh a layer."""
+        flat = torch.split(hidden.flatten(0, 1), HEAD_TOKENS), torch.split(tokens.flatten(), HEAD_TOKENS)
+        parts = zip(*flat, strict=True)
+        found = [recomputed(self._chosen, part, wanted, use_reentrant=False) for part, wanted in parts]
+        return torch.cat(found).view_as(tokens)
+
+    def _chosen(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        return chosen_logps(self.spans.head(hidden), tokens)
 
     def _routing(self, batch: Batch) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """What the taps saw of real tokens: padding is routed too, and must never count."""
@@ -257,54 +212,7 @@ class MoEModel:
         return sorted(found)
 
 
-class _Enough(Exception):
-    """Raised inside a pass that needs to go no further."""
-
-
-@contextmanager
-def _stopping_after(module: nn.Module) -> Iterator[None]:
-    """Inside, a pass ends once `module` (and what taps it) is done; the rest of it is not computed."""
-
-    def stop(*_: Any) -> None:
-        raise _Enough
-
-    hook = module.register_forward_hook(stop)
-    try:
-        with suppress(_Enough):
-            yield
-    finally:
-        hook.remove()
-
-
-@contextmanager
-def _outputs_of(layers: nn.ModuleList, wanted: Collection[int]) -> Iterator[dict[int, Tensor]]:
-    """Inside, collects the output (B, T, D) of the `wanted` layers."""
-    outputs: dict[int, Tensor] = {}
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[layer] = output[0] if isinstance(output, tuple) else output
-
-        return hook
-
-    hooks = [layers[layer].register_forward_hook(keep(layer)) for layer in wanted]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def batch_counts(batch: Batch) -> Counts:
-    """Counted tokens, rows and real tokens of one batch."""
-    rows = 0.0 if batch.is_filler else float(len(batch.ids))
-    return float(batch.counted[:, 1:].sum()), rows, float(batch.routed.sum())
-
-
-def _site(module: nn.Module, layer: int) -> Site:
-    block = module.get_submodule(f"model.layers.{layer}.mlp")
-    if hasattr(block, "router"):  # DeepSpeed AutoEP
-        router = block.get_submodule("router")
-        return Site(layer, block, router, router.get_submodule("gate"), scores_at=0, choices_at=1)
-    router = block.get_submodule("gate")
-    return Site(layer, block, router, router, scores_at=1, choices_at=2)
+    """Counted tokens, rows with such a token, and real tokens of one batch."""
+    counted = batch.counted[:, 1:]
+    return float(counted.sum()), float(counted.any(dim=1).sum()), float(batch.routed.sum())

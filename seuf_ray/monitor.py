@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,6 +25,7 @@ class Task:
         quizzes: "forget" and "utility" -> one quiz per question source, for the small evaluations.
         probes: "forget" and "retain" -> rows whose routing is compared with the original's.
         pad_id: any token id; padding is masked everywhere.
+        idk: for each forget row the one that an algorithm prefers, if it asks for them.
     """
 
     forget: list[Row]
@@ -32,6 +33,7 @@ class Task:
     quizzes: dict[str, list[Quiz]]
     probes: dict[str, list[Row]]
     pad_id: int
+    idk: list[Row] = field(default_factory=list)
 
 
 class Monitor:

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.families import PARTS
-from seuf_ray.model import MoEModel, Site
+from seuf_ray.model import MoEModel
+from seuf_ray.taps import Site
 
 
 class ExpertOverlay(nn.Module):
@@ -85,6 +86,14 @@ class Overlay(nn.Module):
             site.router.register_forward_pre_hook(self._swap_router(site))
             site.router.register_forward_hook(self._take_rows(site, taken))
             site.block.register_forward_hook(self._add_rows(site, taken))
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimizer sees."""
+        return list(self.parameters())
+
+    def router_weights(self) -> dict[int, nn.Parameter]:
+        """(E, D) of the routers that train, by layer."""
+        return {int(layer): router.get_parameter("weight") for layer, router in self.routers.items()}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -155,31 +164,6 @@ class Overlay(nn.Module):
             contribution = self.experts[f"{layer}_{index}"](tokens[row]) * scores[row, slot, None]
             added = added.index_add(0, row, contribution.to(added.dtype))
         return added
-
-
-class FullParameters(nn.Module):
-    """Every parameter trains: the baseline. The original is kept as a copy, and exchanged in for reference passes."""
-
-    def __init__(self, model: MoEModel) -> None:
-        super().__init__()
-        self._model = [model]  # in a list: it is not a submodule of ours
-        self._original = {name: model.view(name).to("cpu", copy=True) for name in model.tensor_names()}
-        model.module.requires_grad_(True)
-
-    def attach(self, model: MoEModel) -> None:
-        """Nothing to hook."""
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside, the model is the original; use it before the training pass of a step, never within its graph."""
-        current = self._model[0].exchange(self._original)
-        try:
-            yield
-        finally:
-            self._model[0].exchange(current)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: self._model[0].view(name).to("cpu", copy=True).contiguous() for name in self._original}
 
 
 def _copy_expert(model: MoEModel, layer: int, expert: int) -> ExpertOverlay:

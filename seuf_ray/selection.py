@@ -1,9 +1,15 @@
 """Report + rule -> UnlearningPlan: which tensors will train (method.md section 3, selection).
 
-model       the top-M (layer, expert) pairs of the whole model, and the routers of their layers
-layer       the top-M of every MoE layer
-same_layer  the top-M of the layer that holds the best one
-random      M seeded ones, explicit: those that are named, full: every parameter
+    model       the top-M (layer, expert) pairs of the whole model, and the routers of their layers
+    layer       the top-M of every MoE layer
+    same_layer  the top-M of the layer that holds the best one
+    random      M seeded ones, explicit: those that are named
+
+and the baselines (section 6), plans like any other:
+
+    esft        of every layer the best experts until their share of its score is reached; routers do not train
+    full        every parameter          experts  all routed experts       routers  all routers
+    shared      all shared experts       lora     adapters on attention and routed experts
 """
 
 from __future__ import annotations
@@ -12,11 +18,14 @@ import random
 
 import numpy as np
 
-from seuf_ray.artifacts import AttributionReport, Expert, Provenance, UnlearningPlan
+from seuf_ray.artifacts import AttributionReport, Expert, LoRA, Provenance, UnlearningPlan
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.config import TargetsConfig
 from seuf_ray.errors import ConfigError
+from seuf_ray.esft import esft_experts
 from seuf_ray.families import PARTS, Shape
+
+RANKED = ("model", "layer", "same_layer", "random", "explicit")
 
 
 def choose_targets(
@@ -27,37 +36,85 @@ def choose_targets(
     *,
     train_routers: bool = True,
 ) -> UnlearningPlan:
-    """The plan of `targets.scope` (method.md section 3); never an empty one.
+    """The plan of `targets.scope`; never an empty one.
 
     Raises:
-        ConfigError: top-M over what there is, an explicit expert that the model does not have, or everything but
-            the routers.
+        ConfigError: top-M over what there is, an expert or a kind of tensor that the model does not have, or routers
+            that must and must not train.
     """
-    if targets.scope == "full" and not train_routers:
+    scope, shape, family = targets.scope, checkpoint.shape, checkpoint.family
+    if scope in ("full", "routers") and not train_routers:
         raise ConfigError(
-            "targets.scope = 'full' trains every router: choose another anchor.name than 'frozen'"
+            f"targets.scope = {scope!r} trains every router: choose another anchor.name than 'frozen'"
         )
-    experts = [] if targets.scope == "full" else _select(report, targets, checkpoint.shape, provenance.seed)
-    layers = sorted({layer for layer, _ in experts}) if experts else list(checkpoint.shape.moe_layers)
-    routers = layers if train_routers else []
-    family = checkpoint.family
+    experts = _select(report, targets, shape, provenance.seed)
+    layers = sorted({layer for layer, _ in experts}) if experts else list(shape.moe_layers)
+    routers = layers if train_routers and scope in (*RANKED, "routers", "full") else []
     names = [family.expert_tensor(layer, e, part) for layer, e in experts for part in PARTS]
-    names += [family.router_tensor(layer) for layer in routers] if experts else []
-    numel = sum(int(np.prod(checkpoint.info(name)[1])) for name in names) or checkpoint.num_parameters
+    if scope != "full":
+        names += [family.router_tensor(layer) for layer in routers] + _whole(scope, checkpoint)
+    lora = LoRA(rank=targets.lora_rank, alpha=targets.lora_alpha) if scope == "lora" else None
+    numel = _adapters(names, checkpoint, lora.rank) if lora else _numel(names, checkpoint)
     return UnlearningPlan(
         model=report.model,
         provenance=provenance,
-        scope=targets.scope,
+        scope=scope,
         top_m=targets.top_m,
         experts=experts,
         routers=routers,
         tensors=sorted(names),
         num_trainable=numel,
         trainable_fraction=numel / checkpoint.num_parameters,
+        lora=lora,
+    )
+
+
+def _whole(scope: str, checkpoint: Checkpoint) -> list[str]:
+    """Checkpoint names of the baselines that train or adapt a kind of tensor in every MoE layer.
+
+    Raises:
+        ConfigError: the model has no such tensor.
+    """
+    family, layers = checkpoint.family, checkpoint.shape.moe_layers
+    blocks = tuple(f"model.layers.{layer}.{family.block}.shared_expert" for layer in layers)
+    names = {
+        "experts": [n for n in checkpoint.files if (at := family.parse_expert(n)) and at[0] in layers],
+        "shared": [n for n in checkpoint.files if n.startswith(blocks)],
+        "lora": [n for n in checkpoint.files if _is_adapted(n, checkpoint)],
+    }.get(scope)
+    if names == []:
+        raise ConfigError(f"targets.scope = {scope!r}: a {family.model_type} model has no such tensors")
+    return names or []
+
+
+def _is_adapted(name: str, checkpoint: Checkpoint) -> bool:
+    """Attention projections of all layers, and routed experts; not those of heads for several next tokens."""
+    layer = name.split(".")[2] if name.startswith("model.layers.") else ""
+    if not layer or int(layer) >= checkpoint.shape.num_layers:
+        return False
+    is_attention = ".self_attn." in name and name.endswith(".weight") and len(checkpoint.info(name)[1]) == 2
+    return is_attention or checkpoint.family.parse_expert(name) is not None
+
+
+def _numel(names: list[str], checkpoint: Checkpoint) -> int:
+    return sum(int(np.prod(checkpoint.info(name)[1])) for name in names) or checkpoint.num_parameters
+
+
+def _adapters(names: list[str], checkpoint: Checkpoint, rank: int) -> int:
+    """Parameters of A and B; gate and up of an expert are one tensor, and share their A."""
+    parsed = {name: checkpoint.family.parse_expert(name) for name in names}
+    sizes = {name: checkpoint.info(name)[1] for name in names}
+    return sum(
+        rank * (sizes[name][0] + (0 if at and at[2] == "up" else sizes[name][1]))
+        for name, at in parsed.items()
     )
 
 
 def _select(report: AttributionReport, targets: TargetsConfig, shape: Shape, seed: int) -> list[Expert]:
+    if targets.scope == "esft":
+        return sorted(esft_experts(report, targets.share))
+    if targets.scope not in RANKED:
+        return []
     if targets.scope == "explicit":
         return [_existing(layer, expert, shape) for layer, expert in sorted(set(targets.experts or []))]
     ranked = [expert for _, expert in report.ranked()]

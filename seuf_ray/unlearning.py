@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,14 +22,17 @@ from torch import Tensor
 
 from seuf_ray.batches import Sampler, micro_batches
 from seuf_ray.config import JobConfig, TrainingConfig
+from seuf_ray.constraint import constrain
 from seuf_ray.data import Row
 from seuf_ray.engine import Engine
+from seuf_ray.errors import ConfigError, did_you_mean
 from seuf_ray.guards import Keeper
 from seuf_ray.monitor import Monitor, Task
 from seuf_ray.passes import Batch, Counts, Targets
 from seuf_ray.plugins import Plugin, Reads
 from seuf_ray.telemetry import Telemetry, with_reference
 
+SETS = ("forget", "retain", "idk")  # of rows: a pass is over one of them, with _ref by the original
 Saved = dict[str, Any]  # what a run needs to go on: step, seconds, engine state, the keeper's best
 
 
@@ -61,7 +64,7 @@ def run(
     with the same bits as one that was never interrupted.
     """
     steps, monitor = Steps(engine, config, targets, task), Monitor(engine, task, targets)
-    keeper = Keeper(engine, config.guards)
+    keeper, constraint = Keeper(engine, config.guards), constrain(engine, config, targets, task)
     start, clock = 0, 0.0
     if saved is not None:
         start, clock = saved["step"], saved["seconds"]
@@ -83,7 +86,7 @@ def run(
         return Progress(step, metrics, reason or violated, kept, save)
 
     if saved is None:
-        progress = report(0, monitor.measure())
+        progress = report(0, monitor.measure() | constraint)
         yield progress
         if progress.stopped is not None:
             return
@@ -110,6 +113,7 @@ class Steps:
             "forget": Sampler(len(task.forget), size, seed=2 * config.seed),
             "retain": Sampler(len(task.retain), size, seed=2 * config.seed + 1),
         }
+        self.samplers["idk"] = self.samplers["forget"]  # row for row
         reads = reads_of([config.algorithm, config.anchor], targets)
         self.reads = with_reference(reads, targets, config.telemetry)
         self.telemetry = Telemetry(engine, targets, config.telemetry)
@@ -134,7 +138,7 @@ class Steps:
     def _parts(self, step: int) -> dict[str, list[Batch]]:
         """This rank's micro-batches of each set that a loss reads; every rank has the same number of them."""
         parts = {}
-        for name in sorted({needed.removesuffix("_ref") for needed in self.reads}):
+        for name in sorted(sets_of(self.reads)):
             number = self.samplers[name].batch(step - 1)
             rows: list[Row] = getattr(self.task, name)
             chosen = [rows[i] for i in self.samplers[name].rows(number)]
@@ -150,7 +154,7 @@ class Steps:
         return parts
 
     def _terms(self, batches: Mapping[str, Batch], counts: Mapping[str, Counts]) -> dict[str, Tensor]:
-        passes: dict[str, object] = {"targets": self.targets}
+        passes: dict[str, object] = {"targets": self.targets, "seed": self.config.seed}
         for name in sorted(
             self.reads, key=lambda name: not name.endswith("_ref")
         ):  # references leave no graph
@@ -172,8 +176,22 @@ class Steps:
 
 
 def passes_of(plugin: Plugin) -> set[str]:
-    """Which passes a loss asks for: its parameter names."""
-    return {name for name in inspect.signature(plugin.loss).parameters if name != "targets"}  # type: ignore[attr-defined]
+    """Which passes a loss asks for: its parameter names.
+
+    Raises:
+        ConfigError: a parameter that names nothing known.
+    """
+    names = set(inspect.signature(plugin.loss).parameters) - {"targets", "seed"}  # type: ignore[attr-defined]
+    for name in sorted(names):
+        if name.removesuffix("_ref") not in SETS:
+            allowed = [*SETS, *(f"{known}_ref" for known in SETS), "targets", "seed"]
+            raise ConfigError(f"the loss of {plugin.name!r} takes {name!r}: {did_you_mean(name, allowed)}")
+    return names
+
+
+def sets_of(passes: Iterable[str]) -> set[str]:
+    """The sets of rows that these passes run over."""
+    return {name.removesuffix("_ref") for name in passes}
 
 
 def reads_of(plugins: Sequence[Plugin], targets: Targets) -> dict[str, Reads]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,24 +64,31 @@ def ascend(engine: LocalEngine, batch: Batch) -> float:
     return engine.step(LEARNING_RATE)
 
 
-def train_local(folder: Path, experts: list[Expert], steps: int = 3) -> dict[str, Tensor]:
+def train_local(
+    folder: Path, experts: list[Expert], steps: int = 3, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Gradient ascent in one process; the trained tensors."""
     checkpoint = Checkpoint(folder)
-    engine = LocalEngine(MoEModel(checkpoint), make_plan(checkpoint, experts), TrainingConfig())
+    engine = LocalEngine(MoEModel(checkpoint, dtype), make_plan(checkpoint, experts), TrainingConfig())
     for step in range(steps):
         ascend(engine, random_batch(seed=step))
     return engine.tensors()
 
 
-def train_rank(folder: str, experts: list[Expert], cluster: dict) -> dict:
-    """The same on one rank of a DeepSpeed engine; also what the reference passes and the loss came to."""
+def each(function: Callable[..., Any], jobs: list[tuple]) -> list[Any]:
+    """`function` of every job, one after the other in the same processes: to start them takes longer than most jobs."""
+    return [function(*job) for job in jobs]
+
+
+def train_rank(folder: str, experts: list[Expert], cluster: dict, dtype: torch.dtype = torch.float32) -> dict:
+    """The same on one rank of a DeepSpeed engine; also gradient norms, reference passes and dtypes."""
     from seuf_ray.deepspeed_engine import DeepSpeedEngine, owned_experts
 
     torch.set_num_threads(1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     checkpoint = Checkpoint(Path(folder))
     owned = owned_experts(checkpoint.shape.num_experts, rank, cluster["expert_parallel_size"])
-    model = MoEModel(checkpoint, owned=owned)
+    model = MoEModel(checkpoint, dtype, owned=owned)
     plan = make_plan(checkpoint, experts)
     engine = DeepSpeedEngine(model, plan, TrainingConfig(), ClusterConfig(**cluster))
     norms, reference = [], []
@@ -87,7 +96,23 @@ def train_rank(folder: str, experts: list[Expert], cluster: dict) -> dict:
         mine = rows_of(random_batch(seed=step), list(range(rank, 5, world_size)))
         norms.append(ascend(engine, mine))
         reference.append(engine.forward(mine, reference=True).logps)
-    return {"tensors": engine.tensors(), "norms": norms, "reference": reference}
+    return {
+        "tensors": engine.tensors(),
+        "norms": norms,
+        "reference": reference,
+        "trained": {parameter.dtype for parameter in engine.parameters()},
+        "state": {tensor.dtype for tensor in tensors_in(engine.state())},
+        "frozen": {parameter.dtype for parameter in model.module.parameters() if not parameter.requires_grad},
+    }
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested dicts and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
 
 
 def interrupted_rank(folder: str, experts: list[Expert], cluster: dict) -> dict[str, Tensor]:

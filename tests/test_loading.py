@@ -291,10 +291,8 @@ print(status("VmHWM") - before, status("VmRSS") - before)
 """
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def save_large(folder: Path) -> Path:
     """A Qwen2-MoE of 256 MB in bfloat16, nearly all experts, one shard per layer."""
-    folder = tmp_path_factory.mktemp("large")
     tiny_config("qwen2_moe").save_pretrained(folder)
     wide = {"hidden_size": 512, "moe_intermediate_size": 1024, "num_experts": 16}
     edit_config(folder, num_hidden_layers=5, layer_types=["full_attention"] * 5, **wide)
@@ -313,6 +311,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_file(tensors, folder / f"{layer}.safetensors", {"format": "pt"})
         files |= dict.fromkeys(tensors, f"{layer}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = save_large(tmp_path_factory.mktemp("large"))
     yield folder
     shutil.rmtree(folder)  # pytest would keep it for three more runs
 
