@@ -1,0 +1,75 @@
+"""What a cluster has for the processes of a job: memory of nodes and GPUs, and what each process gets of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from seuf_ray.config import ClusterConfig
+from seuf_ray.errors import ConfigError
+from seuf_ray.sizes import readable
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on a node, and on an accelerator (0: none is used)."""
+
+    host: int
+    device: int = 0
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(self.host + other.host, self.device + other.device)
+
+    def fits(self, other: Memory) -> bool:
+        return self.host <= other.host and self.device <= other.device
+
+    def __str__(self) -> str:
+        return readable(self.host) + (f" and {readable(self.device)} on the GPU" if self.device else "")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of a cluster: what Ray may use of it, and the memory of one of its GPUs."""
+
+    num_cpus: float
+    host_bytes: int
+    num_gpus: float = 0.0
+    gpu_bytes: int = 0
+
+    def slots(self, cluster: ClusterConfig) -> int:
+        """Workers or actors that it takes at once."""
+        slots = int(self.num_cpus // cluster.cpus_per_worker)
+        return min(slots, int(self.num_gpus // cluster.gpus_per_worker)) if cluster.gpus_per_worker else slots
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What there is to run on.
+
+    Attributes:
+        nodes: of the cluster.
+        flops: operations a second of a matrix product in `model.dtype` on what a worker computes with, if measured.
+    """
+
+    nodes: tuple[Node, ...]
+    flops: float | None = None
+
+    def share(self, processes: int, cluster: ClusterConfig) -> Memory:
+        """Memory of each of `processes` workers or actors, wherever they are placed: packed on the smallest node.
+
+        Raises:
+            ConfigError: no node takes even one.
+        """
+        shares = [
+            Memory(
+                node.host_bytes // min(processes, slots),
+                int(node.gpu_bytes * min(1.0, cluster.gpus_per_worker)),
+            )
+            for node in self.nodes
+            if (slots := node.slots(cluster))
+        ]
+        if not shares:
+            raise ConfigError(
+                f"no node has {cluster.cpus_per_worker:g} CPU and {cluster.gpus_per_worker:g} GPU for one worker "
+                "(cluster.cpus_per_worker, cluster.gpus_per_worker)"
+            )
+        return Memory(min(share.host for share in shares), min(share.device for share in shares))
