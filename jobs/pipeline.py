@@ -8,13 +8,21 @@ from seuf_ray.command import command
 
 config = command(__doc__)  # before torch and ray are imported: --help and mistakes cost nothing
 
-from seuf_ray.console import heading, progress_printer, show_attribution, show_evaluation, show_plan
+from seuf_ray.console import (
+    heading,
+    progress_printer,
+    show_attribution,
+    show_evaluation,
+    show_needs,
+    show_plan,
+)
 from seuf_ray.job import EVERYTHING, claim, prepare, read_metrics
 from seuf_ray.report import console_table, write_report
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.compare import compare
 from seuf_ray.stages.evaluate import evaluate
 from seuf_ray.stages.plan import plan
+from seuf_ray.stages.resources import foresee
 from seuf_ray.stages.session import session
 from seuf_ray.stages.unlearn import unlearn
 
@@ -29,6 +37,7 @@ with session(config.cluster):
     heading("plan: the top-M of them, and their routers")
     targets = plan(job, report)
     show_plan(targets)
+    show_needs(foresee(job, targets))
 
     heading(f"unlearn: {config.algorithm.name} with router anchor {config.anchor.name}")
     patch = unlearn(job, targets, progress_printer(config.training.steps))

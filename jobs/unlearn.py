@@ -8,9 +8,10 @@ from seuf_ray.command import command
 
 config = command(__doc__)
 
-from seuf_ray.console import heading, progress_printer, show_plan
+from seuf_ray.console import heading, progress_printer, show_needs, show_plan
 from seuf_ray.job import TRAINED, claim, prepare
 from seuf_ray.stages.plan import plan
+from seuf_ray.stages.resources import foresee
 from seuf_ray.stages.session import session
 from seuf_ray.stages.unlearn import unlearn
 
@@ -22,6 +23,7 @@ claim(config, *TRAINED)
 targets.write(job.path("plan.json"))
 show_plan(targets)
 with session(config.cluster):
+    show_needs(foresee(job, targets))
     heading(f"unlearn: {config.algorithm.name} with router anchor {config.anchor.name}")
     folder = unlearn(job, targets, progress_printer(config.training.steps))
 heading(f"done: {folder}")

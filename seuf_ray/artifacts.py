@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping
 from functools import cached_property
@@ -24,6 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from seuf_ray.errors import ConfigError, MismatchError
 
 Expert = tuple[int, int]  # (layer_index, expert_index), 0-based as in Hugging Face names
+Score = Literal["affinity", "router_score", "token_share", "contrast"]
+Selection = Literal["model", "layer", "same_layer"]
+IN_PLACE = ("full", "experts", "shared")  # scopes of baselines that train what lies in the model
 
 
 class Record(BaseModel):
@@ -61,6 +65,7 @@ class DataSummary(Record):
     num_rows: int
     num_tokens: int
     num_bad_rows: int = 0
+    first_bad: str = Field("", description="place of the first malformed row, and what is wrong with it")
 
 
 class Provenance(Record):
@@ -121,23 +126,47 @@ class Artifact(Record):
             )
 
 
-class LayerScores(Record):
-    """Scores of one MoE layer's E experts on the forget set (method.md section 3)."""
+class Scores(Record):
+    """Scores of one MoE layer's E experts on one set of texts (method.md section 3)."""
 
-    layer: int
     affinity: list[float] = Field(description="mean over sequences of the mean gate per token (P, Eq. 2)")
     router_score: list[float] = Field(description="the same with the score before top-k choice")
     token_share: list[float] = Field(description="share of (token, k) slots that chose the expert")
+
+
+class LayerScores(Scores):
+    """What the report says about one MoE layer's E experts; its own scores are those on the forget set."""
+
+    layer: int
+    retain: Scores | None = Field(None, description="scores on the retain set")
+    rank: list[int] = Field([], description="by the report's score, in the whole model, from 1")
+    margin: list[float] = Field([], description="score less that of the next in rank; 0 for the last")
+    stability: list[float] = Field(
+        [], description="share of the bootstrap replicates in which the expert is among the report's targets"
+    )
+
+    def values(self, score: Score) -> list[float]:
+        """The E values of a score; contrast is affinity on the forget set less that on the retain set."""
+        if score != "contrast":
+            found: list[float] = getattr(self, score)
+            return found
+        assert self.retain is not None, "a report by contrast has retain scores"
+        return [f - r for f, r in zip(self.affinity, self.retain.affinity, strict=True)]
 
 
 class AttributionReport(Artifact):
     """How strongly each expert of each layer carries the forget set."""
 
     kind: Literal["attribution"] = "attribution"
-    score: Literal["affinity", "router_score", "token_share"]
+    score: Score
     num_experts: int
     top_k: int
     data: DataSummary
+    retain: DataSummary | None = None
+    scope: Selection = Field("layer", description="how targets are chosen where stability counts them")
+    top_m: int = 1
+    bootstrap: int = Field(0, description="replicates behind stability, each a resampling of the sequences")
+    engine: str = Field("actors", description="what ran the model")
     digest: str = Field(description="sha256 of the integer statistics: equal for any number of actors")
     layers: list[LayerScores]
     warnings: list[str]
@@ -147,13 +176,20 @@ class AttributionReport(Artifact):
         rows = [
             (value, (row.layer, index))
             for row in self.layers
-            for index, value in enumerate(getattr(row, self.score))
+            for index, value in enumerate(row.values(self.score))
         ]
         return sorted(rows, key=lambda item: (-item[0], item[1]))
 
 
+class LoRA(Record):
+    """Low-rank adapters in the place of the plan's tensors; the patch holds these merged."""
+
+    rank: int
+    alpha: float
+
+
 class UnlearningPlan(Artifact):
-    """Which tensors will train: target experts and the routers of their layers, or everything (`full`)."""
+    """Which tensors will train: target experts and the routers of their layers, or those of a baseline."""
 
     kind: Literal["plan"] = "plan"
     scope: str
@@ -164,14 +200,22 @@ class UnlearningPlan(Artifact):
     num_trainable: int
     trainable_fraction: float
 
+    lora: LoRA | None = None
+
     @property
     def is_full(self) -> bool:
         return self.scope == "full"
 
     @property
+    def is_in_place(self) -> bool:
+        """Whether the model's own parameters change, and not an overlay of a few experts and routers."""
+        return self.scope in IN_PLACE
+
+    @property
     def first_layer(self) -> int:
         """The lowest layer that changes; layers below it compute the same as in the original."""
-        return 0 if self.is_full else min([*self.routers, *(layer for layer, _ in self.experts)])
+        layers = [re.match(r"model\.layers\.(\d+)\.", name) for name in self.tensors]
+        return min((int(found[1]) if found else 0 for found in layers), default=0)
 
 
 class TensorChange(Record):

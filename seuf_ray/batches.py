@@ -1,14 +1,18 @@
-"""Rows -> batches: padding, fixed units, the sampler, and one rank's share of a batch."""
+"""Rows -> batches: padding, packing, fixed units, the sampler, and one rank's share of a batch."""
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, insort
 from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import torch
 
 from seuf_ray.data import Row
 from seuf_ray.passes import Batch
+
+T = TypeVar("T")
 
 
 def collate(rows: Sequence[Row], pad_id: int, length: int | None = None) -> Batch:
@@ -24,9 +28,54 @@ def collate(rows: Sequence[Row], pad_id: int, length: int | None = None) -> Batc
     return Batch(ids, attention, attention & (position >= context[:, None]))
 
 
-def units(rows: Sequence[Row], unit_rows: int) -> list[list[Row]]:
+def pack(lengths: Sequence[int], width: int) -> list[list[int]]:
+    """Which sequences share a row of `width` tokens, by index: best-fit decreasing, at most 11/9 of the fewest rows.
+
+    The longest sequence goes first, each into the row where it leaves least room (Johnson, 1973). Of equals the earlier
+    sequence and the earlier row come first, so the lengths alone decide.
+    """
+    assert max(lengths, default=0) <= width
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), ascending
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        at = bisect_left(room, (lengths[index], 0))
+        free, row = room.pop(at) if at < len(room) else (width, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(index)
+        insort(room, (free - lengths[index], row))
+    return rows
+
+
+def collate_packed(tokens: Sequence[int], lengths: Sequence[int], rows: Sequence[int], pad_id: int) -> Batch:
+    """A batch of packed rows, as wide as the fullest of them.
+
+    Args:
+        tokens: of all sequences, one after the other (N,).
+        lengths: tokens of each of the S sequences, adding up to N.
+        rows: (S,) the row that each lies in, ascending from 0.
+        pad_id: fills rows up; masked everywhere.
+    """
+    sizes = torch.tensor(lengths)
+    row = torch.tensor(rows).repeat_interleave(sizes)  # (N,) of each token
+    filled = torch.bincount(row)  # (B,)
+    column = torch.arange(len(row)) - (filled.cumsum(0) - filled)[row]
+    segments = torch.full((len(filled), int(filled.max())), -1)
+    ids = torch.full_like(segments, pad_id)
+    segments[row, column] = torch.arange(len(sizes)).repeat_interleave(sizes)
+    ids[row, column] = torch.tensor(tokens)
+    real = segments >= 0
+    return Batch(ids, real, real, segments)
+
+
+def units(rows: Sequence[T], unit_rows: int) -> list[list[T]]:
     """Fixed groups of `unit_rows` rows in the global order; one forward pass each, wherever it runs."""
     return [list(rows[start : start + unit_rows]) for start in range(0, len(rows), unit_rows)]
+
+
+def spread(rows: Sequence[T], most: int) -> list[T]:
+    """At most `most` of `rows`, evenly spaced."""
+    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else list(rows)
 
 
 class Sampler:

@@ -76,37 +76,81 @@ class DataConfig(Section):
     text_field: str = Field("text", description="column that holds the text in parquet, JSONL and hub data")
     sequence_length: int = Field(256, ge=2, description="tokens per row; longer texts are split")
     max_rows: int | None = Field(None, ge=1, description="use only the first N texts of each source")
+    idk_answer: str = Field(
+        "I don't know.",
+        min_length=1,
+        description="what algorithms with an idk pass (dpo) put in place of a forget text's end",
+    )
     max_bad_rows: int = Field(
         0, ge=0, description="malformed rows tolerated per source before the job is refused"
     )
 
 
 class AttributionConfig(Section):
-    score: Literal["affinity", "router_score", "token_share"] = Field(
-        "affinity", description="what experts are ranked by"
+    score: Literal["affinity", "router_score", "token_share", "contrast"] = Field(
+        "affinity",
+        description="what experts are ranked by; contrast: affinity on the forget set less that on the retain set",
+    )
+    bootstrap: int = Field(
+        32,
+        ge=0,
+        le=1000,
+        description="resamplings of the sequences that say how stable the ranking is; 0: none",
+    )
+    engine: Literal["auto", "actors", "expert_parallel", "streamed"] = Field(
+        "auto",
+        description="actors that hold the model; a worker group that shares its experts; one layer at a time from the "
+        "checkpoint; auto: the first of these that fits",
     )
     num_actors: int = Field(1, ge=1, description="Ray actors that hold the model")
     unit_rows: int = Field(
-        32, ge=1, description="rows per unit, the fixed group that goes through one forward pass"
+        8,
+        ge=1,
+        description="packed rows of data.sequence_length tokens per unit, which goes through one forward pass",
     )
     max_tokens: int | None = Field(
-        None, ge=1, description="stop after about this many forget tokens (100 k are enough)"
+        None, ge=1, description="of each set, stop after about so many tokens (100 k are enough)"
+    )
+    hidden_bytes: int = Field(
+        2**31, ge=0, description="memory of a streamed pass for hidden states; more goes to files"
     )
 
 
-Scope = Literal["model", "layer", "same_layer", "random", "explicit", "full"]
+Scope = Literal[
+    "model",
+    "layer",
+    "same_layer",
+    "random",
+    "explicit",
+    "esft",
+    "full",
+    "experts",
+    "routers",
+    "shared",
+    "lora",
+]
 
 
 class TargetsConfig(Section):
     scope: Scope = Field(
         "model",
         description="model: top-M of the whole model; layer: top-M of every MoE layer; same_layer: top-M of the best "
-        "expert's layer; random: M seeded ones; explicit: those in experts; full: every parameter (the baseline)",
+        "expert's layer; random: M seeded ones; explicit: those in experts; and the baselines esft: of every layer the "
+        "best until their share is reached, without routers; full: every parameter; experts, routers, shared: all "
+        "routed experts, routers or shared experts; lora: adapters on attention and experts",
     )
     top_m: int = Field(1, ge=1, description="M, the number of target experts (per layer for scope = layer)")
     experts: list[tuple[int, int]] | None = Field(
         None, description="[[layer, expert], ...] for scope = explicit"
     )
+    share: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="of a layer's score that scope = esft trains (p in ESFT, by token_share there)",
+    )
+    lora_rank: int = Field(8, ge=1, description="r of scope = lora")
+    lora_alpha: float = Field(16.0, gt=0, description="alpha of scope = lora, which scales by alpha / r")
 
     @model_validator(mode="after")
     def _explicit_names_experts(self) -> TargetsConfig:
@@ -220,7 +264,7 @@ class EngineConfig(Section):
     )
     cache_dir: Path | None = Field(None, description="folder of those files; default: cache in output_dir")
     gradient_checkpointing: bool = Field(
-        False, description="recompute layers in the backward pass: less memory"
+        False, description="recompute layers and head in the backward pass: less memory, more time"
     )
     micro_batch_size: int | None = Field(
         None,

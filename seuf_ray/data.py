@@ -7,14 +7,14 @@ function of its arguments: every worker gets the same units and batches, and a s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from seuf_ray.artifacts import DataSummary
 from seuf_ray.config import DataConfig
 from seuf_ray.errors import DataError
-from seuf_ray.sources import Found, collect
+from seuf_ray.sources import Found, Reading
 
 QUESTION_NAMES = ("question", "query")  # TOFU and MMLU, RWKU
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -50,7 +50,12 @@ def read_texts(source: str, config: DataConfig) -> tuple[list[str], Found]:
     Raises:
         DataError: no such source, no usable row, or more malformed rows than `config.max_bad_rows`.
     """
-    return collect(source, config, lambda record: _text_of(record, config.text_field), questions=False)
+    return stream_texts(source, config).collect()
+
+
+def stream_texts(source: str, config: DataConfig) -> Reading[str]:
+    """The same texts one by one, in whatever memory one record takes; errors come where they are found."""
+    return Reading(source, config, lambda record: _text_of(record, config.text_field))
 
 
 def read_questions(source: str, config: DataConfig) -> tuple[list[Question], Found]:
@@ -64,7 +69,7 @@ def read_questions(source: str, config: DataConfig) -> tuple[list[Question], Fou
     Raises:
         DataError: as in `read_texts`.
     """
-    return collect(source, config, _question_of, questions=True)
+    return Reading(source, config, _question_of, questions=True).collect()
 
 
 def _text_of(record: Any, text_field: str) -> str:
@@ -174,16 +179,56 @@ def tokenize(texts: Sequence[str], tokenizer: Tokenizer, sequence_length: int) -
     Raises:
         DataError: no text gives a row.
     """
-    first, eos = leading_tokens(tokenizer), tokenizer.eos_token_id
-    rows: list[Row] = []
-    for text in texts:
-        if tokens := list(tokenizer(text, add_special_tokens=False)["input_ids"]):
-            ids = (*first, *tokens, *([] if eos is None else [eos]))
-            pieces = (ids[start : start + sequence_length] for start in range(0, len(ids), sequence_length))
-            rows.extend(Row(piece) for piece in pieces if len(piece) >= 2)
+    rows = [Row(piece) for pieces in tokenized(texts, tokenizer, sequence_length) for piece in pieces]
     if not rows:
         raise DataError(f"{len(texts)} texts tokenise to nothing: no row of two tokens or more is left")
     return rows
+
+
+def tokenized(
+    texts: Iterable[str], tokenizer: Tokenizer, sequence_length: int
+) -> Iterator[list[tuple[int, ...]]]:
+    """For each text the tokens of its rows, none where it tokenises to nothing; see `tokenize`."""
+    frame = _frame(tokenizer)
+    for text in texts:
+        yield _pieces(_ids(text, tokenizer), *frame, sequence_length)
+
+
+def idk_rows(texts: Sequence[str], tokenizer: Tokenizer, sequence_length: int, answer: str) -> list[Row]:
+    """For each row of `tokenize`, in the same order, one that begins as it does and goes on with `answer`.
+
+    They part after "Answer:" where the row has that line of a question's text, else in the middle of the row.
+    """
+    first, last = _frame(tokenizer)
+    end = [*_ids(f" {answer}", tokenizer), *last]
+    rows: list[Row] = []
+    for text in texts:
+        prompt, line, _ = text.partition("\nAnswer:")
+        num_prompt = len(first) + len(_ids(prompt + line, tokenizer)) if line else 0
+        for at, piece in enumerate(_pieces(_ids(text, tokenizer), first, last, sequence_length)):
+            own = num_prompt - at * sequence_length
+            kept = own if 0 < own < len(piece) else len(piece) // 2
+            rows.append(Row((*piece[: max(1, min(kept, sequence_length - len(end)))], *end)))
+    return rows
+
+
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """What stands before and after the tokens of a text."""
+    eos = tokenizer.eos_token_id
+    return leading_tokens(tokenizer), [] if eos is None else [eos]
+
+
+def _pieces(
+    tokens: list[int], first: list[int], last: list[int], sequence_length: int
+) -> list[tuple[int, ...]]:
+    """The rows of one text."""
+    ids = (*first, *tokens, *last) if tokens else ()
+    pieces = (ids[start : start + sequence_length] for start in range(0, len(ids), sequence_length))
+    return [piece for piece in pieces if len(piece) >= 2]
 
 
 def summarize(sources: Sequence[str], found: Sequence[Found], rows: Sequence[Row]) -> DataSummary:
@@ -194,4 +239,5 @@ def summarize(sources: Sequence[str], found: Sequence[Found], rows: Sequence[Row
         num_rows=len(rows),
         num_tokens=sum(len(row.ids) for row in rows),
         num_bad_rows=sum(one.num_bad for one in found),
+        first_bad=next((one.first_bad for one in found if one.num_bad), ""),
     )

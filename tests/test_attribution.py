@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,15 +22,17 @@ from tiny import PROVENANCE, save_tiny
 from torch import Tensor
 
 from seuf_ray.artifacts import AttributionReport, DataSummary, Expert, LayerScores, Provenance, UnlearningPlan
-from seuf_ray.attribution import RoutingStatistics, make_report, unit_statistics
+from seuf_ray.attribution import chosen, make_report
 from seuf_ray.batches import collate
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.config import AttributionConfig, TargetsConfig
 from seuf_ray.data import Row
 from seuf_ray.errors import ConfigError
+from seuf_ray.esft import esft_experts
 from seuf_ray.families import Scoring, Shape
 from seuf_ray.model import MoEModel
 from seuf_ray.selection import choose_targets
+from seuf_ray.statistics import Bootstrap, RoutingStatistics, unit_statistics
 
 DATA = DataSummary(sources=["traces"], num_texts=1, num_rows=1, num_tokens=1)
 TRACES = (
@@ -52,10 +55,29 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 def report_of(
-    statistics: RoutingStatistics, sizes: Shape, checkpoint: Checkpoint, **attribution: Any
+    statistics: RoutingStatistics,
+    sizes: Shape,
+    checkpoint: Checkpoint,
+    retain: RoutingStatistics | None = None,
+    targets: TargetsConfig | None = None,
+    **attribution: Any,
 ) -> AttributionReport:
+    settings, wanted = AttributionConfig(**attribution), targets or TargetsConfig()
     identity = checkpoint.identity("tiny")
-    return make_report(statistics, sizes, AttributionConfig(**attribution), identity, DATA, PROVENANCE)
+    return make_report(statistics, retain, sizes, settings, wanted, identity, DATA, None, PROVENANCE)
+
+
+def unit(
+    logits: dict[int, Tensor],
+    choices: dict[int, Tensor],
+    lengths: Sequence[int],
+    sizes: Shape,
+    bootstrap: Bootstrap | None = None,
+    first: int = 0,
+) -> RoutingStatistics:
+    """The statistics of sequences `first`, `first + 1`, ..."""
+    indices = range(first, first + len(lengths))
+    return unit_statistics(logits, choices, (bootstrap or Bootstrap()).sequences(lengths, indices), sizes)
 
 
 # --- statistics ---
@@ -69,9 +91,7 @@ class TestUnitStatistics:
         router_score = ((0.8 + 0.4) / 2, (0.2 + 0.6) / 2) = (0.6, 0.4); token_share = (1/4, 3/4).
         """
         logits = torch.tensor([[0.8, 0.2], *[[0.4, 0.6]] * 3]).log()
-        found = unit_statistics(
-            {0: logits}, {0: logits.argmax(1, keepdim=True)}, [1, 3], shape(0, experts=2, top_k=1)
-        )
+        found = unit({0: logits}, {0: logits.argmax(1, keepdim=True)}, [1, 3], shape(0, experts=2, top_k=1))
         assert (found.num_sequences, found.num_tokens) == (2, 4)
         assert (found.affinity / 2**32 / 2).tolist()[0] == pytest.approx([0.4, 0.3], abs=1e-7)
         assert (found.router_score / 2**32 / 2).tolist()[0] == pytest.approx([0.6, 0.4], abs=1e-7)
@@ -82,7 +102,7 @@ class TestUnitStatistics:
         """Unequal lengths, two layers, and choices that are not the best scores."""
         lengths, sizes = [1, 4, 2, 6], shape(1, 2, experts=5, top_k=2, scoring=scoring)
         logits, choices = random_unit(lengths, sizes, seed=3)
-        found = unit_statistics(logits, choices, lengths, sizes)
+        found = unit(logits, choices, lengths, sizes)
         for i, layer in enumerate(sizes.moe_layers):
             affinity, score, slots = naive_statistics(logits[layer], choices[layer], lengths, scoring)
             assert (found.affinity[i] / 2**32).tolist() == pytest.approx(affinity, rel=1e-6)
@@ -110,7 +130,7 @@ class TestUnitStatistics:
         lengths = [len(row.ids) for row in rows]
         with torch.no_grad():
             plain, padded = (
-                unit_statistics(*model.route(collate(rows, 0, length=length)), lengths, model.shape)
+                unit(*model.route(collate(rows, 0, length=length)), lengths, model.shape)
                 for length in (6, 17)
             )
         assert (plain.slots == padded.slots).all() and plain.slots.sum() == 3 * 2 * 12
@@ -151,9 +171,10 @@ def random_unit(
     return logits, choices
 
 
-def unit_of(lengths: Sequence[int], seed: int) -> RoutingStatistics:
-    sizes = shape(0, 1, experts=5, top_k=2)
-    return unit_statistics(*random_unit(lengths, sizes, seed), lengths, sizes)
+def unit_of(lengths: Sequence[int], seed: int, score: Any = "affinity") -> RoutingStatistics:
+    """Sequences 100 * seed, 100 * seed + 1, ..., with 7 replicates."""
+    sizes, bootstrap = shape(0, 1, experts=5, top_k=2), Bootstrap(seed=11, replicates=7, score=score)
+    return unit(*random_unit(lengths, sizes, seed), lengths, sizes, bootstrap, first=100 * seed)
 
 
 # --- reports ---
@@ -164,9 +185,7 @@ class TestReport:
         """Affinity and router score per sequence, token share per (token, k) slot: it adds up to 1 in every layer."""
         sizes, lengths = shape(0, 1, experts=5, top_k=2), [2, 5, 3]
         logits, choices = random_unit(lengths, sizes, seed=8)
-        report = report_of(
-            unit_statistics(logits, choices, lengths, sizes), sizes, qwen, score="router_score"
-        )
+        report = report_of(unit(logits, choices, lengths, sizes), sizes, qwen, score="router_score")
         for row in report.layers:
             affinity, score, slots = naive_statistics(
                 logits[row.layer], choices[row.layer], lengths, "softmax"
@@ -182,8 +201,8 @@ class TestReport:
     def test_uniform_routing_is_warned_of(self, qwen: Checkpoint) -> None:
         """Eight tokens that choose experts 0-7 in turn: every share is 1/8, 1.0 times the uniform one."""
         sizes = shape(0, experts=8, top_k=1)
-        statistics = unit_statistics({0: torch.zeros(8, 8)}, {0: torch.arange(8)[:, None]}, [8], sizes)
-        (warning,) = report_of(statistics, sizes, qwen).warnings
+        statistics = unit({0: torch.zeros(8, 8)}, {0: torch.arange(8)[:, None]}, [8], sizes)
+        warning = report_of(statistics, sizes, qwen).warnings[0]
         assert "no expert stands out" in warning and "1.0 times the uniform share" in warning
 
     @pytest.mark.parametrize(("times", "warned"), [(2, True), (3, False), (8, False)])
@@ -192,10 +211,127 @@ class TestReport:
         sizes = shape(0, 1, experts=8, top_k=1)
         even = torch.arange(8)[:, None]
         skewed = torch.tensor([5] * times + [e for e in range(8) if e != 5][: 8 - times])[:, None]
-        statistics = unit_statistics(
-            {0: torch.zeros(8, 8), 1: torch.zeros(8, 8)}, {0: even, 1: skewed}, [8], sizes
+        statistics = unit({0: torch.zeros(8, 8), 1: torch.zeros(8, 8)}, {0: even, 1: skewed}, [8], sizes)
+        warnings = report_of(statistics, sizes, qwen).warnings
+        assert any("no expert stands out" in text for text in warnings) == warned
+
+
+class TestConfidence:
+    """Layers of 4 experts, top-1, one-hot routing: affinity is the share of each sequence's tokens."""
+
+    def test_weights_are_poisson_and_know_the_sequence_only(self) -> None:
+        """64 x 4,000 draws: mean and variance 1 within 5 standard errors (.002 and .0035); P(0) = exp(-1) = .3679."""
+        bootstrap = Bootstrap(seed=3, replicates=64)
+        weights = bootstrap.weights(range(4000))
+        assert abs(weights.mean() - 1) < 0.01 and abs(weights.var() - 1) < 0.018
+        assert abs((weights == 0).mean() - math.exp(-1)) < 0.005
+        assert (bootstrap.weights([17, 3]) == weights[:, [17, 3]]).all()
+        assert (Bootstrap(seed=4, replicates=64).weights(range(4000)) != weights).any()
+
+    @pytest.mark.parametrize("score", ["affinity", "router_score", "token_share"])
+    def test_replicates_are_the_statistics_of_the_resampled_sequences(self, score: Any) -> None:
+        """Each sequence by itself, taken as often as the weights say, adds up to the replicate."""
+        sizes, bootstrap = shape(0, 1, experts=5, top_k=2), Bootstrap(seed=11, replicates=7, score=score)
+        found, weights = unit_of([2, 5, 1], 4, score), bootstrap.weights([400, 401, 402])
+        logits, choices = random_unit([2, 5, 1], sizes, 4)
+        name = "slots" if score == "token_share" else score
+        parts = []
+        for start, end in ((0, 2), (2, 7), (7, 8)):
+            one = {layer: z[start:end] for layer, z in logits.items()}
+            picks = {layer: c[start:end] for layer, c in choices.items()}
+            parts.append(getattr(unit(one, picks, [end - start], sizes), name))
+        for r in range(7):
+            assert (
+                found.replicates[r] == sum(w * part for w, part in zip(weights[r], parts, strict=True))
+            ).all()
+        lengths = [2, 5, 1] if score == "token_share" else [1, 1, 1]
+        assert found.counts.tolist() == [
+            sum(w * n for w, n in zip(row, lengths, strict=True)) for row in weights
+        ]
+
+    def test_records_travel(self) -> None:
+        found = unit_of([2, 5, 1], 4)
+        assert RoutingStatistics.from_record({**found.to_record(), "unit": 3}).digest() == found.digest()
+        empty = RoutingStatistics.zero(2, 5, Bootstrap(seed=11, replicates=7))
+        assert (empty + found).digest() == found.digest()
+
+    def test_a_planted_tie_is_named_with_its_stability(self, qwen: Checkpoint) -> None:
+        """Expert 2 takes 21 sequences of 40 whole, expert 1 takes 19: 1.11 times; a resampling turns that round about
+        four times in ten. A clear winner (30 of 40) stays in every one and is not warned of.
+        """
+        close = self.report([2] * 21 + [1] * 19, qwen)
+        stays = close.layers[0].stability
+        (warning,) = [text for text in close.warnings if "near tie" in text]
+        assert (
+            f"layer 0 expert 2 leads layer 0 expert 1 by 1.11x and stays a target in {stays[2]:.0%}"
+            in warning
         )
-        assert bool(report_of(statistics, sizes, qwen).warnings) == warned
+        assert 0.4 < stays[2] < 0.8 and stays[1] == pytest.approx(1 - stays[2]) and stays[0] == stays[3] == 0
+        clear = self.report([2] * 30 + [1] * 10, qwen)
+        assert clear.layers[0].stability[2] == 1 and not any("near tie" in text for text in clear.warnings)
+
+    def test_ranks_and_margins(self, qwen: Checkpoint) -> None:
+        """Affinities (0, .475, .525, 0): ranks 3, 2, 1, 4; margins to the next 0, .475, .05 and 0 for the last."""
+        row = self.report([2] * 21 + [1] * 19, qwen).layers[0]
+        assert row.rank == [3, 2, 1, 4]
+        assert row.margin == pytest.approx([0, 0.475, 0.05, 0], abs=1e-6)
+
+    def test_without_replicates_there_is_no_stability(self, qwen: Checkpoint) -> None:
+        report = self.report([2] * 30 + [1] * 10, qwen, bootstrap=0)
+        assert report.layers[0].stability == [] and report.bootstrap == 0
+
+    def test_a_generic_expert_is_warned_of_and_contrast_passes_it_by(self, qwen: Checkpoint) -> None:
+        """Forget: expert 2 takes 30 of 40, expert 1 takes 10; retain: expert 2 takes all. Affinity chooses 2, which is
+        as active there; contrast is .75 - 1 for it and .25 - 0 for expert 1.
+        """
+        retain = self.statistics([2] * 40, "retain", "affinity")
+        by_affinity = self.report([2] * 30 + [1] * 10, qwen, retain=retain)
+        (warning,) = [text for text in by_affinity.warnings if "generic expert" in text]
+        assert "layer 0 expert 2 has affinity 0.750 on forget and 1.000 on retain text" in warning
+        retain = self.statistics([2] * 40, "retain", "contrast")
+        by_contrast = self.report([2] * 30 + [1] * 10, qwen, retain=retain, score="contrast")
+        assert by_contrast.ranked()[0] == (pytest.approx(0.25, abs=1e-6), (0, 1))
+        assert by_contrast.layers[0].stability[1] == 1
+        assert not any("generic expert" in text for text in by_contrast.warnings)
+
+    def test_contrast_needs_a_retain_set(self, qwen: Checkpoint) -> None:
+        with pytest.raises(ConfigError, match="contrast.*data.retain is needed"):
+            self.report([2, 1], qwen, score="contrast")
+
+    @pytest.mark.parametrize(
+        ("scope", "expected"),
+        [
+            ("model", [[0, 1, 0], [1, 0, 0]]),
+            ("layer", [[1, 1, 0], [1, 0, 1]]),
+            ("same_layer", [[0, 0, 0], [1, 0, 1]]),
+        ],
+    )
+    def test_scopes_choose_as_plans_do(self, scope: Any, expected: list[list[int]]) -> None:
+        """Top-2 of ((.2, .5, .1), (.6, .1, .3)), with and without a leading axis."""
+        values = np.array([[0.2, 0.5, 0.1], [0.6, 0.1, 0.3]])
+        assert chosen(values, scope, 2).astype(int).tolist() == expected
+        assert chosen(np.stack([values, values]), scope, 2).astype(int).tolist() == [expected, expected]
+
+    def report(
+        self,
+        winners: list[int],
+        qwen: Checkpoint,
+        retain: RoutingStatistics | None = None,
+        **attribution: Any,
+    ) -> AttributionReport:
+        settings = {"bootstrap": 200, **attribution}
+        forget = self.statistics(winners, "forget", settings.get("score", "affinity"), settings["bootstrap"])
+        return report_of(forget, shape(0, experts=4, top_k=1), qwen, retain, **settings)
+
+    def statistics(
+        self, winners: list[int], data: Any, score: Any, bootstrap: int = 200
+    ) -> RoutingStatistics:
+        """One-token sequences, each with score 1 for its winner."""
+        made = Bootstrap.of(AttributionConfig(score=score, bootstrap=bootstrap), 0, data)
+        picks = torch.tensor(winners)[:, None]
+        logits = torch.full((len(winners), 4), -40.0).scatter(1, picks, 40.0)
+        sizes = shape(0, experts=4, top_k=1)
+        return unit({0: logits}, {0: picks}, [1] * len(winners), sizes, made)
 
 
 # --- plans ---
@@ -411,7 +547,7 @@ def traced(traces: Traces) -> list[RoutingStatistics]:
         part = slice(first, first + length)
         one = {layer: z[part] for layer, z in logits.items()}
         chosen = {layer: picks[part] for layer, picks in traces.ids.items()}
-        parts.append(unit_statistics(one, chosen, [length], traces.shape))
+        parts.append(unit(one, chosen, [length], traces.shape))
     return parts
 
 
@@ -440,19 +576,13 @@ class TestRealTraces:
     def test_esfts_rule_chooses_the_released_experts(
         self, traces: Traces, traced: list[RoutingStatistics], qwen: Checkpoint
     ) -> None:
-        """By descending token share, while the cumulative share (of values with four decimals) is below 0.2."""
+        """By descending token share, until the cumulative share reaches 0.2."""
         report = report_of(functools.reduce(operator.add, traced), traces.shape, qwen, score="token_share")
         released = json.loads((TRACES / "expert_config_translation.json").read_text())["experts"]
         assert len(released) == len(report.layers) == 26
+        found = esft_experts(report, 0.2)
         for row in report.layers:
-            chosen, cumulative = [], 0.0
-            ranked = [(round(share, 4), e) for share, (at, e) in report.ranked() if at == row.layer]
-            for share, expert in ranked:
-                if cumulative >= 0.2:
-                    break
-                chosen.append(expert)
-                cumulative += share
-            assert chosen == released[str(row.layer)], row.layer
+            assert [e for layer, e in found if layer == row.layer] == released[str(row.layer)], row.layer
 
     def test_affinity_is_not_the_mean_over_tokens_there_either(
         self, traces: Traces, traced: list[RoutingStatistics], qwen: Checkpoint

@@ -436,6 +436,50 @@ class TestRows:
         assert summary.sources == ["a", "b"]
 
 
+class TestIdkRows:
+    """Partners of `tokenize`'s rows, byte by byte."""
+
+    def shown(self, text: str, length: int, tokenizer: Any = TOKENIZER) -> list[str]:
+        rows = data.idk_rows([text], tokenizer, length, "No.")
+        assert all(row.num_context == 1 for row in rows)
+        return [tokenizer.decode(row.ids) for row in rows]
+
+    def test_a_question_keeps_its_prompt_and_a_text_its_first_half(self) -> None:
+        """ "abcde" and the end of text are 6 tokens, of which 3 are kept; also of 7, with a beginning of text."""
+        assert self.shown("Question: Who?\nAnswer: Ann", 99) == ["Question: Who?\nAnswer: No.<eos>"]
+        assert self.shown("abcde", 99) == ["abc No.<eos>"]
+        assert self.shown("abcde", 99, WITH_BOS) == ["<bos>ab No.<eos>"]
+        assert self.shown("Question: Who?\nAnswer: Ann", 99, WITH_BOS) == [
+            "<bos>Question: Who?\nAnswer: No.<eos>"
+        ]
+
+    def test_pieces_of_a_long_text_part_where_the_answer_begins_or_in_the_middle(self) -> None:
+        """24 tokens a row: "Q" and 20 more, then "\nAnswer:" across the boundary, then the answer only."""
+        text = "Q" + 20 * "q" + "\nAnswer:" + 30 * "a"
+        assert [TOKENIZER.decode(row.ids) for row in data.tokenize([text], TOKENIZER, 24)] == [
+            "Q" + 20 * "q" + "\nAn",
+            "swer:" + 19 * "a",
+            11 * "a" + "<eos>",
+        ]
+        assert self.shown(text, 24) == ["Q" + 11 * "q" + " No.<eos>", "swer: No.<eos>", 6 * "a" + " No.<eos>"]
+
+    def test_a_prompt_makes_room_for_the_answer(self) -> None:
+        """12 tokens a row, 5 of them " No." and the end of text; where there is no room, one token and the answer."""
+        assert self.shown("12\nAnswer:yes", 12)[0] == "12\nAnsw No.<eos>"
+        assert self.shown("abc", 4) == ["a No.<eos>"]
+
+    @given(texts=st.lists(st.text(max_size=40), min_size=1, max_size=5), length=st.integers(2, 9))
+    @settings(max_examples=100, deadline=None)
+    def test_row_for_row(self, texts: list[str], length: int) -> None:
+        texts = ["x", *(text.encode(errors="ignore").decode() for text in texts)]
+        rows, partners = data.tokenize(texts, TOKENIZER, length), data.idk_rows(texts, TOKENIZER, length, "I")
+        end = (*TOKENIZER(" I", add_special_tokens=False)["input_ids"], 0)
+        for row, partner in zip(rows, partners, strict=True):
+            own = len(partner.ids) - len(end)
+            assert partner.ids[own:] == end and len(partner.ids) <= max(length, 1 + len(end))
+            assert own >= 1 and partner.ids[:own] == row.ids[:own]
+
+
 class TestSampler:
     @given(num_rows=st.integers(1, 30), batch_size=st.integers(1, 40), seed=st.integers(0, 2**40))
     @settings(max_examples=60, deadline=None)

@@ -1,82 +1,159 @@
-"""Attribution as a Ray Data job: forget units stream to actors that hold the model; integers come back."""
+"""Attribution as a Ray Data job: units of the forget and the retain set stream to whatever runs the model.
+
+    actors            each holds the model; a unit is one pass
+    expert_parallel   a worker group shares one copy of the experts (`attribute_parallel.py`)
+    streamed          one task, one layer at a time from the checkpoint (`attribute_streamed.py`)
+
+All give the same integers for a unit, and a ledger on the driver counts each unit once, so the report does not depend
+on the engine's number of processes, on order, or on who was killed meanwhile.
+"""
 
 from __future__ import annotations
 
-import functools
-import operator
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import numpy as np
 import pyarrow as pa
+import ray.data
 import torch
 
-from seuf_ray.artifacts import AttributionReport, provenance
-from seuf_ray.attribution import RoutingStatistics, make_report, unit_statistics
-from seuf_ray.batches import collate, units
+from seuf_ray.artifacts import AttributionReport, DataSummary, provenance
+from seuf_ray.attribution import make_report
 from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.data import Row
+from seuf_ray.console import Meter, show_engine
+from seuf_ray.errors import DataError
 from seuf_ray.job import ATTRIBUTION, Job
 from seuf_ray.model import MoEModel
-from seuf_ray.stages.data import as_record, rows_of, through_actors
+from seuf_ray.report import write_attribution_page
+from seuf_ray.results import unit_result
+from seuf_ray.stages.attribute_parallel import through_group
+from seuf_ray.stages.attribute_streamed import through_layers
+from seuf_ray.stages.data import as_data_errors, through_actors, unit_dataset
+from seuf_ray.stages.resources import fitting_engine
+from seuf_ray.statistics import Bootstrap, RoutingStatistics
+from seuf_ray.tables import write_table
+from seuf_ray.units import Ledger, Record
 
-FIELDS = ("affinity", "router_score", "slots")
-
-
-class Attributor:
-    """An actor: the model, and one unit's statistics per call."""
-
-    def __init__(self, folder: Path, dtype: str, pad_id: int, use_gpu: bool) -> None:
-        self.model = MoEModel(Checkpoint(folder), getattr(torch, dtype), "cuda" if use_gpu else "cpu")
-        self.pad_id = pad_id
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._score(record) for record in table.to_pylist()])
-
-    @torch.no_grad()
-    def _score(self, record: dict[str, Any]) -> dict[str, Any]:
-        rows = rows_of(record)
-        logits, choices = self.model.route(collate(rows, self.pad_id).to(self.model.device))
-        found = unit_statistics(logits, choices, [len(row.ids) for row in rows], self.model.shape)
-        sums = {name: getattr(found, name).ravel().tolist() for name in FIELDS}
-        return {
-            "unit_id": record["unit_id"],
-            **sums,
-            "sequences": found.num_sequences,
-            "tokens": found.num_tokens,
-        }
+SETS: tuple[Literal["forget", "retain"], ...] = ("forget", "retain")
+Bootstraps = Mapping[str, Bootstrap]
+Ledgers = Mapping[str, Ledger]
+Totals = dict[str, RoutingStatistics]
+Engine = Callable[[Job, ray.data.Dataset, Bootstraps, Ledgers], Totals]
 
 
 def attribute(job: Job) -> AttributionReport:
-    """Score every expert on the forget set and write `attribution.json`."""
+    """Score every expert on both sets; writes `attribution.json`, `attribution.parquet` and `attribution.html`.
+
+    Raises:
+        DataError: a source cannot be read, or has too many malformed rows.
+        ConfigError: no engine can be placed.
+    """
     if (kept := job.kept(AttributionReport, ATTRIBUTION)) is not None:
         return kept
-    config, shape = job.config, job.checkpoint.shape
-    rows = first_tokens(job.forget.rows, config.attribution.max_tokens)
-    records = [as_record(i, unit) for i, unit in enumerate(units(rows, config.attribution.unit_rows))]
+    config = job.config
+    sources = {"forget": config.data.forget, "retain": config.data.retain}
+    bootstraps: Bootstraps = {name: Bootstrap.of(config.attribution, config.seed, name) for name in SETS}
+    ledgers: Ledgers = {name: Ledger() for name in SETS}
+    engine, why = _engine(job)
+    show_engine(engine, why)  # not in the report, which is the same on a machine with other memory
+    units = unit_dataset(config, job.checkpoint.folder, sources)
+    with as_data_errors():
+        totals = ENGINES[engine](job, units, bootstraps, ledgers)
+    for name, ledger in ledgers.items():
+        assert ledger.is_complete, f"{name}: {ledger}"
+    found = {name: _summary(ledgers[name], sources[name], totals[name]) for name in SETS}
+    report = make_report(
+        totals["forget"],
+        totals["retain"],
+        job.checkpoint.shape,
+        config.attribution,
+        config.targets,
+        model=job.identity,
+        data=found["forget"],
+        retain_data=found["retain"],
+        provenance=provenance(config.seed, model=job.identity.fingerprint),
+        engine=engine,
+    )
+    report.write(job.path(ATTRIBUTION))
+    write_table(job.path("attribution.parquet"), report)
+    write_attribution_page(job.path("attribution.html"), report)
+    return report
+
+
+def _summary(ledger: Ledger, sources: list[str], total: RoutingStatistics) -> DataSummary:
+    if not total.num_sequences:
+        raise DataError(f"{', '.join(sources)}: {ledger.num_texts} texts tokenise to nothing")
+    return ledger.summary(sources, total.num_sequences, total.num_tokens)
+
+
+def _engine(job: Job) -> tuple[str, str]:
+    """The engine, and why: what the configuration says, or what fits."""
+    config = job.config.attribution
+    if config.engine != "auto":
+        return config.engine, "as attribution.engine says"
+    return fitting_engine(job)
+
+
+class Attributor:
+    """An actor: the model, and one unit's result per call; never the statistics, as Ray may run a unit twice."""
+
+    def __init__(
+        self, folder: Path, dtype: str, pad_id: int, use_gpu: bool, bootstraps: Bootstraps, num_threads: int
+    ) -> None:
+        torch.set_num_threads(num_threads)
+        self.model = MoEModel(Checkpoint(folder), getattr(torch, dtype), "cuda" if use_gpu else "cpu")
+        self.pad_id, self.bootstraps = pad_id, bootstraps
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        units = table.to_pylist()
+        results = [unit_result(self.model, unit, self.bootstraps, self.pad_id) for unit in units]
+        return pa.Table.from_pylist(results)
+
+
+def actors(job: Job, units: ray.data.Dataset, bootstraps: Bootstraps, ledgers: Ledgers) -> Totals:
+    """A pool of actors that hold the model."""
+    config = job.config
     arguments = {
         "folder": job.checkpoint.folder,
         "dtype": config.model.dtype,
         "pad_id": job.pad_id,
         "use_gpu": config.cluster.gpus_per_worker > 0,
+        "bootstraps": dict(bootstraps),
+        "num_threads": max(1, int(config.cluster.cpus_per_worker)),
     }
-    results = through_actors(records, Attributor, arguments, config.attribution.num_actors, config.cluster)
+    results = through_actors(units, Attributor, arguments, config.attribution.num_actors, config.cluster)
+    return add_up(results, job, bootstraps, ledgers)
+
+
+def expert_parallel(job: Job, units: ray.data.Dataset, bootstraps: Bootstraps, ledgers: Ledgers) -> Totals:
+    """A worker group with one copy of the experts."""
+    return add_up(through_group(job, units, bootstraps), job, bootstraps, ledgers)
+
+
+def streamed(job: Job, units: ray.data.Dataset, bootstraps: Bootstraps, ledgers: Ledgers) -> Totals:
+    """One task, one layer at a time."""
+    totals, accounts = through_layers(job, units, bootstraps)
+    for record in accounts:
+        assert ledgers[record["data"]].add(record), "a task that starts again begins with nothing"
+    return {name: totals.get(name, total) for name, total in _zeros(job, bootstraps).items()}
+
+
+def add_up(results: Iterable[Record], job: Job, bootstraps: Bootstraps, ledgers: Ledgers) -> Totals:
+    """The sums of result records in any order; what has come before does not count again."""
+    totals, meter = _zeros(job, bootstraps), Meter(job.config.attribution.max_tokens, len(SETS))
+    for record in results:
+        if ledgers[record["data"]].add(record):
+            found = RoutingStatistics.from_record(record)
+            totals[record["data"]] += found
+            meter.count(found.num_tokens)
+    return totals
+
+
+def _zeros(job: Job, bootstraps: Bootstraps) -> Totals:
+    shape = job.checkpoint.shape
     size = (len(shape.moe_layers), shape.num_experts)
-    statistics = functools.reduce(operator.add, (_statistics(result, size) for result in results))
-    made = provenance(config.seed, model=job.identity.fingerprint)
-    report = make_report(statistics, shape, config.attribution, job.identity, job.forget.summary, made)
-    report.write(job.path(ATTRIBUTION))
-    return report
+    return {name: RoutingStatistics.zero(*size, bootstrap) for name, bootstrap in bootstraps.items()}
 
 
-def first_tokens(rows: list[Row], max_tokens: int | None) -> list[Row]:
-    """The first rows with about `max_tokens` tokens together; at least one row."""
-    if max_tokens is None:
-        return rows
-    ends = np.cumsum([len(row.ids) for row in rows])
-    return rows[: int(np.searchsorted(ends, max_tokens)) + 1]
-
-
-def _statistics(result: dict[str, Any], size: tuple[int, int]) -> RoutingStatistics:
-    arrays = {name: np.array(result[name], dtype=np.int64).reshape(size) for name in FIELDS}
-    return RoutingStatistics(**arrays, num_sequences=result["sequences"], num_tokens=result["tokens"])
+ENGINES: dict[str, Engine] = {"actors": actors, "expert_parallel": expert_parallel, "streamed": streamed}

@@ -14,18 +14,18 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.data
 import torch
 from torch import Tensor
 
 from seuf_ray import evaluation, patch
 from seuf_ray.artifacts import EvaluationReport, Statistic, provenance
-from seuf_ray.batches import collate, units
+from seuf_ray.batches import collate, spread, units
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.job import AFTER, BEFORE, Job
 from seuf_ray.model import MoEModel
 from seuf_ray.passes import Forward
 from seuf_ray.stages.data import as_record, rows_of, through_actors
-from seuf_ray.stages.unlearn import spread
 
 FIGURES = ("overlap_top1", "overlap_topk", "kl")
 Sums = dict[str, dict[str, Statistic]]  # group -> figure -> (sum, count)
@@ -85,15 +85,16 @@ def evaluate(job: Job, patch_folder: Path | None = None) -> EvaluationReport:
         "use_gpu": config.cluster.gpus_per_worker > 0,
         "tensors": ray.put(tensors),
     }
-    results = through_actors(
-        _records(job), Evaluator, arguments, config.attribution.num_actors, config.cluster
-    )
+    records = _records(job)
+    units = ray.data.from_items(records, override_num_blocks=min(len(records), 200))
+    results = list(through_actors(units, Evaluator, arguments, config.attribution.num_actors, config.cluster))
+    assert len({result["unit_id"] for result in results}) == len(results) == len(records)
     made_from = {"model": job.identity.fingerprint} | ({"patch": manifest.fingerprint} if manifest else {})
     report = EvaluationReport(
         model=job.identity,
         provenance=provenance(config.seed, **made_from),
         patch=manifest.fingerprint if manifest else None,
-        **_fields(job, _add(list(results))),
+        **_fields(job, _add(results)),
     )
     report.write(job.path(name))
     return report

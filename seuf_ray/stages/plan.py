@@ -5,6 +5,7 @@ from __future__ import annotations
 from seuf_ray.artifacts import AttributionReport, UnlearningPlan, provenance
 from seuf_ray.job import ATTRIBUTION, PLAN, Job, read_input
 from seuf_ray.selection import choose_targets
+from seuf_ray.unlearning import reads_of
 
 
 def plan(job: Job, report: AttributionReport | None = None, *, write: bool = True) -> UnlearningPlan:
@@ -22,6 +23,9 @@ def plan(job: Job, report: AttributionReport | None = None, *, write: bool = Tru
         made = provenance(config.seed, attribution=report.fingerprint, model=job.identity.fingerprint)
         trains = config.anchor.name != "frozen"
         found = choose_targets(report, config.targets, job.checkpoint, made, train_routers=trains)
+    reads_of(
+        [config.algorithm, config.anchor], job.targets(found)
+    )  # what workers would refuse is refused here
     if write:
         found.write(job.path(PLAN))
     return found

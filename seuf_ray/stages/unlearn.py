@@ -11,29 +11,26 @@ import math
 import os
 import shutil
 import tempfile
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ray
 import ray.train
 import torch
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.queue import Empty, Queue
 from safetensors.torch import load_file, save_file
 
 from seuf_ray import config as configs
 from seuf_ray import unlearning
 from seuf_ray.artifacts import PatchManifest, UnlearningPlan, write_text
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.batches import spread
 from seuf_ray.config import JobConfig
+from seuf_ray.deepspeed_engine import DeepSpeedEngine
 from seuf_ray.engine import Engine, LocalEngine
 from seuf_ray.job import Job, write_patch
-from seuf_ray.model import MoEModel
 from seuf_ray.monitor import Task
 from seuf_ray.patch import require_storable
 from seuf_ray.stages.boards import Gauges, TensorBoard
+from seuf_ray.stages.group import Settings, WorkerGroup, worker_model
 from seuf_ray.unlearning import Progress
 
 Listener = Callable[[Progress], None]
@@ -52,91 +49,29 @@ def unlearn(job: Job, plan: UnlearningPlan, listener: Listener | None = None) ->
         shutil.rmtree(job.path("train"), ignore_errors=True)
         shutil.rmtree(job.path("tensorboard"), ignore_errors=True)
         job.path("metrics.jsonl").unlink(missing_ok=True)
-    queue = Queue(actor_options={"num_cpus": 0})
-    trainer = _trainer(job, plan, queue)
+    group = WorkerGroup(_work, _settings(job, plan), job.config, "train")
     with TensorBoard(job.path("tensorboard")) as board:
-        for progress in _watch(trainer, queue):
+        for message in group.messages():
+            progress = Progress(**message)
             _append(job.path("metrics.jsonl"), progress)
             board.show(progress)
             if listener is not None:
                 listener(progress)
     shutil.rmtree(job.cache_dir, ignore_errors=True)
-    with trainer.result.checkpoint.as_directory() as folder:
+    with group.result.checkpoint.as_directory() as folder:
         return write_patch(job, plan, load_file(Path(folder) / "trained.safetensors"))
 
 
-class _Fit(threading.Thread):
-    """`TorchTrainer.fit` beside the driver's main thread, which shows progress meanwhile."""
-
-    def __init__(self, trainer: TorchTrainer) -> None:
-        super().__init__(daemon=True)
-        self.trainer = trainer
-        self.result: Any = None
-        self.error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.result = self.trainer.fit()
-        except BaseException as error:  # handed to the main thread
-            self.error = error
-
-
-def _watch(fit: _Fit, queue: Queue) -> Iterator[Progress]:
-    fit.start()
-    while fit.is_alive() or not queue.empty():
-        try:
-            yield Progress(**queue.get(timeout=0.5))
-        except Empty:
-            continue
-    queue.shutdown()
-    if fit.error is not None:
-        raise fit.error
-
-
-def _trainer(job: Job, plan: UnlearningPlan, queue: Queue) -> _Fit:
-    config = job.config
-    cluster = config.cluster
-    settings = {
-        "config": config.model_dump(mode="json"),
+def _settings(job: Job, plan: UnlearningPlan) -> Settings:
+    """What a worker needs to know."""
+    return {
+        "config": job.config.model_dump(mode="json"),
         "plan": plan.model_dump(mode="json"),
         "folder": str(job.checkpoint.folder),
         "targets": job.targets(plan),
         "task": ray.put(make_task(job)),
-        "queue": queue,
         "cache_dir": str(job.cache_dir),
     }
-    environment = {"OMP_NUM_THREADS": str(_threads(config)), "OMP_WAIT_POLICY": "PASSIVE"}
-    if not cluster.gpus_per_worker:
-        environment["DS_ACCELERATOR"] = "cpu"
-    resources = {"CPU": cluster.cpus_per_worker} | (
-        {"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {}
-    )
-    return _Fit(
-        TorchTrainer(
-            _work,
-            train_loop_config=settings,
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.num_workers,
-                use_gpu=cluster.gpus_per_worker > 0,
-                resources_per_worker=resources,
-            ),
-            torch_config=TorchConfig(timeout_s=1800),
-            run_config=ray.train.RunConfig(
-                name="train",
-                storage_path=str(config.output_dir.absolute()),
-                worker_runtime_env={"env_vars": environment},
-                failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
-            ),
-        )
-    )
-
-
-def _threads(config: JobConfig) -> int:
-    """A lone local worker may use the whole machine; several share it."""
-    cluster = config.cluster
-    alone = cluster.num_workers == 1 and cluster.address is None
-    return max(1, (os.cpu_count() or 1) if alone else int(cluster.cpus_per_worker))
 
 
 def make_task(job: Job) -> Task:
@@ -156,15 +91,11 @@ def make_task(job: Job) -> Task:
             for name, rows in (("forget", job.forget.rows), ("retain", job.retain.rows))
         },
         pad_id=job.pad_id,
+        idk=job.idk if "idk" in unlearning.sets_of(unlearning.passes_of(job.config.algorithm)) else [],
     )
 
 
-def spread(rows: list[Any], most: int) -> list[Any]:
-    """At most `most` of `rows`, evenly spaced."""
-    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
-
-
-def _work(settings: dict[str, Any]) -> None:
+def _work(settings: Settings) -> None:
     """One worker: build the engine, run the loop (from the last checkpoint, after a failure), report."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.use_deterministic_algorithms(
@@ -217,18 +148,9 @@ def _report(engine: Engine, progress: Progress) -> None:
 
 def build_engine(config: JobConfig, plan: UnlearningPlan, folder: Path, spill: Path) -> Engine:
     """The engine that `cluster.engine` asks for, on this process's device."""
-    device = ray.train.torch.get_device() if config.cluster.gpus_per_worker else torch.device("cpu")
-    checkpoint, dtype = Checkpoint(folder), getattr(torch, config.model.dtype)
     if not config.cluster.uses_deepspeed:
-        return LocalEngine(MoEModel(checkpoint, dtype, device), plan, config.training, config.engine, spill)
-    from seuf_ray.deepspeed_engine import (
-        DeepSpeedEngine,
-        owned_experts,
-    )  # a local run does not wait for deepspeed's import
-
-    rank = ray.train.get_context().get_world_rank()
-    owned = owned_experts(checkpoint.shape.num_experts, rank, config.cluster.expert_parallel_size)
-    model = MoEModel(checkpoint, dtype, device, owned=owned)
+        return LocalEngine(worker_model(config, folder, 1), plan, config.training, config.engine, spill)
+    model = worker_model(config, folder, config.cluster.expert_parallel_size)
     return DeepSpeedEngine(model, plan, config.training, config.cluster, config.engine, spill)
 
 

@@ -1,0 +1,68 @@
+"""A script: attribution on two nodes of one machine, one of which is lost on the way; writes the report's digest.
+
+python lost_node.py JOB.json RESULT.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+import seuf_ray.stages.attribute as stage
+from seuf_ray.config import validate
+from seuf_ray.console import Meter
+from seuf_ray.job import Job
+
+UNITS_BEFORE = 4
+FAST = {
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 3,
+    "health_check_timeout_ms": 500,
+}
+
+
+class Watched(Meter):
+    """Says when some units are done; the rest waits until the node is gone."""
+
+    units, reached, lost = 0, threading.Event(), threading.Event()
+
+    def count(self, tokens: int) -> None:
+        Watched.units += 1
+        if Watched.units == UNITS_BEFORE:
+            Watched.reached.set()
+            Watched.lost.wait(60)
+        super().count(tokens)
+
+
+def main() -> None:
+    shared = {"include_dashboard": False, "object_store_memory": 100 << 20, "_system_config": FAST}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **shared})
+    node = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    job = Job(validate(json.loads(Path(sys.argv[1]).read_text())))
+    stage.Meter = Watched  # type: ignore[misc]
+    done: list[str] = []
+    thread = threading.Thread(target=lambda: done.append(stage.attribute(job).digest), daemon=True)
+    thread.start()
+    assert Watched.reached.wait(120), "attribution did not begin"
+    nodes = {state["NodeID"] for state in ray.nodes() if state["Alive"]}
+    held = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
+    on_node = [actor for actor in held if actor["Address"]["NodeID"] == node.node_id]
+    cluster.remove_node(node, allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+    Watched.lost.set()
+    thread.join(200)
+    found = {"digest": done[0], "nodes": len(nodes), "actors_lost": len(on_node)}
+    Path(sys.argv[2]).write_text(json.dumps(found))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()
