@@ -5,9 +5,9 @@
 
 The model is a real architecture with seeded random weights (qwen2_moe: 12 layers, hidden 512, 32 experts, top-4); all
 get the same random rows. Ours trains one expert of the middle layer and its router with the KL anchor and default
-telemetry; its batch comes again in every step, so prefix and reference pass come from the cache (`prefix_cache` says
-what the first time costs). `peers` says what each peer does. One torch thread: on two cores that other jobs use too,
-two threads mostly wait for each other.
+telemetry, a quarter of the batch at a time; its batch comes again in every step, so prefix and reference pass come
+from the cache (`prefix_cache` says what the first time costs). `peers` says what each peer does. One torch thread: on
+two cores that other jobs use too, two threads mostly wait for each other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import common
 import peers
 import torch
 from common import Figure, Timing, compare, interleaved, log
-from ours import NPO, Ours, Step
+from ours import NPO, RMU, Ours, Step
 from setting import SHAPES, Setting, control, saved_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -33,6 +33,7 @@ from transformers.utils.logging import disable_progress_bar
 from seuf_ray.config import ClusterConfig, EngineConfig, TelemetryConfig
 
 PAIRS = {  # figure -> ours, theirs, what it says
+    "ga_whole": ("ga whole", "full ga", "Ours with the whole batch at once, which takes more memory."),
     "ga": (
         "ga",
         "full ga",
@@ -64,10 +65,10 @@ PAIRS = {  # figure -> ours, theirs, what it says
     ),
 }
 
-MEMORY = {  # whose peak is measured, and our engine's settings
-    "ours": EngineConfig(),
+MEMORY = {  # whose peak is measured, and our engine's settings; None: as everywhere here
+    "ours": None,
     "checkpointing": EngineConfig(gradient_checkpointing=True),
-    "micro": EngineConfig(micro_batch_size=2),
+    "whole": EngineConfig(),
     "full": None,
 }
 
@@ -82,10 +83,11 @@ def steps_figures(setting: Setting) -> list[Figure]:
     masked = peers.esft(*arguments, *setting.target)
     contestants: dict[str, Step] = {
         "ga": ours.step(),
+        "ga whole": Ours(setting, config=EngineConfig()).step(),
         "full ga": lambda: full.ga(forget),
-        "npo": ours.step(NPO()),
+        "npo": ours.step(NPO),
         "full npo": lambda: full.npo(forget),
-        "rmu": ours.rmu(),
+        "rmu": ours.step(RMU),
         "full rmu": lambda: full.rmu(forget, retain, wanted, setting.target[0]),
         "lora": lambda: adapted(forget),
         "lora attention": lambda: attention(forget),
@@ -161,11 +163,11 @@ def memory_figures(setting: Setting, arguments: list[str]) -> list[Figure]:
         command = [sys.executable, __file__, *arguments, "--folder", str(setting.folder), "--memory", kind]
         found[kind] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     weights = found["ours"]["weights"]
-    ours, less, micro, full = (found[kind]["peak"] / weights for kind in MEMORY)
+    ours, less, whole, full = (found[kind]["peak"] / weights for kind in MEMORY)
     says = (
         f"GA; peak of the process less its size after imports, over {weights / 2**20:,.0f} MiB of weights (target "
         f"1.15). Loading alone peaks at {found['ours']['loaded'] / weights:.2f}; the rest is what layers keep "
-        f"for the backward pass: {less:.2f} with gradient checkpointing, {micro:.2f} with micro-batches of 2 rows."
+        f"for the backward pass: {whole:.2f} with the whole batch at once, {less:.2f} with checkpointing."
     )
     return [Figure("peak_memory_over_weights", ours, full, full / ours, "weights", says)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import get_args
 
@@ -37,6 +38,18 @@ def command(description: str | None, argv: list[str] | None = None) -> JobConfig
     )
     arguments = parser.parse_args(argv)
     return load(arguments.file, arguments.overrides)
+
+
+def pair_after(flag: str, argv: list[str] | None = None) -> tuple[Path, Path] | None:
+    """The two files that follow `flag` on a command line that asks for them, and not for a job."""
+    sys.excepthook = _say
+    arguments = sys.argv[1:] if argv is None else argv
+    if flag not in arguments:
+        return None
+    files = arguments[arguments.index(flag) + 1 :]
+    if len(files) != 2:
+        raise ConfigError(f"{flag} takes two files, A.json B.json, found {len(files)}")
+    return Path(files[0]), Path(files[1])
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from seuf_ray.artifacts import AttributionReport, EvaluationReport, UnlearningPlan
+from seuf_ray.topics import TopicComparison
 from seuf_ray.unlearning import Progress
 
 _started = time.perf_counter()
@@ -17,16 +18,72 @@ def heading(text: str) -> None:
     print(f"\n[{time.perf_counter() - _started:6.1f} s] {text}", flush=True)
 
 
+def show_engine(engine: str, why: str) -> None:
+    """What will run the model, and why that."""
+    print(f"  {engine}: {why}", flush=True)
+
+
 def show_attribution(report: AttributionReport) -> None:
     """The leading experts, and the warnings."""
     data = report.data
     print(f"  {data.num_tokens:,} forget tokens in {data.num_rows:,} rows from {', '.join(data.sources)}")
-    ranked = report.ranked()
+    layers, ranked = {row.layer: row for row in report.layers}, report.ranked()
     for (score, (layer, expert)), (following, _) in pairwise(ranked[:6]):
         lead = f"{score / following:.2f} x the next" if following else ""
-        print(f"  layer {layer:2d} expert {expert:3d}   {report.score} {score:.4f}   {lead}")
+        stays = (
+            f"a target in {layers[layer].stability[expert]:4.0%} of resamplings" if report.bootstrap else ""
+        )
+        print(f"  layer {layer:2d} expert {expert:3d}   {report.score} {score:.4f}   {lead:15s}  {stays}")
     for warning in report.warnings:
         print(f"  WARNING: {warning}")
+
+
+class Meter:
+    """Says every few seconds how many tokens are done, how fast, and, where the total is known, how long it will take.
+
+    Args:
+        max_tokens: of each set; None: nobody knows how many there are.
+        num_sets: that are counted together.
+    """
+
+    def __init__(self, max_tokens: int | None, num_sets: int = 1, every: float = 5.0) -> None:
+        self.total = None if max_tokens is None else max_tokens * num_sets
+        self.every, self.tokens = every, 0
+        self._started = self._shown = time.perf_counter()
+
+    def count(self, tokens: int) -> None:
+        """So many more."""
+        self.tokens += tokens
+        now = time.perf_counter()
+        if now - self._shown >= self.every:
+            self._shown = now
+            print(f"  {self.line(now - self._started)}", flush=True)
+
+    def line(self, seconds: float) -> str:
+        """`1,234 of at most 20,000 tokens, 620 a second, at most 30 s to go`."""
+        speed = self.tokens / seconds
+        if self.total is None:
+            return f"{self.tokens:,} tokens, {speed:,.0f} a second"
+        left = max(self.total - self.tokens, 0) / max(speed, 1e-9)
+        return f"{self.tokens:,} of at most {self.total:,} tokens, {speed:,.0f} a second, at most {left:,.0f} s to go"
+
+
+def show_layer(done: int, layers: int, seconds: float, bytes_read: int) -> None:
+    """One layer of a streamed pass is done."""
+    left = seconds / done * (layers - done)
+    print(f"  layer {done} of {layers}, {bytes_read / 2**30:.2f} GiB read, {left:,.0f} s to go", flush=True)
+
+
+def show_topics(comparison: TopicComparison) -> None:
+    """Two topics side by side: overlap of their top experts, rank correlation, the best expert of each."""
+    a, b = (", ".join(sources) for sources in comparison.sources)
+    print(f"A: {a}\nB: {b}\nby {comparison.score}; overlap of the top {comparison.top_m}\n")
+    print(f"{'':8s} {'overlap':>8s} {'rank correlation':>17s}   best expert of A, of B")
+    for row in comparison.rows:
+        name = "model" if row.layer is None else f"layer {row.layer}"
+        (layer_a, best_a), (layer_b, best_b) = row.best
+        best = f"{layer_a}/{best_a}, {layer_b}/{best_b}"
+        print(f"{name:8s} {row.overlap:8.2f} {row.correlation:17.3f}   {best}")
 
 
 def show_plan(plan: UnlearningPlan) -> None:
@@ -42,6 +99,13 @@ def show_plan(plan: UnlearningPlan) -> None:
         f"  {what}{more}{routers}: {plan.num_trainable:,} of {plan.model.num_parameters:,} parameters", end=""
     )
     print(f" ({plan.trainable_fraction:.4%} trainable)", flush=True)
+
+
+def show_needs(needs: Sequence[tuple[str, str]]) -> None:
+    """What the job will take, before it does."""
+    print("  what this takes (sizes are exact, the rest are estimates):")
+    for name, text in needs:
+        print(f"    {name:11s} {text}", flush=True)
 
 
 def progress_printer(steps: int) -> Callable[[Progress], None]:

@@ -19,11 +19,21 @@ from seuf_ray import artifacts, patch
 from seuf_ray.artifacts import Artifact, DataSummary, ModelIdentity, UnlearningPlan
 from seuf_ray.checkpoint import Checkpoint, resolve
 from seuf_ray.config import JobConfig, derive
-from seuf_ray.data import Row, padding_id, read_questions, read_texts, summarize, tokenize
+from seuf_ray.data import (
+    Row,
+    idk_rows,
+    padding_id,
+    read_questions,
+    read_texts,
+    stream_texts,
+    summarize,
+    tokenize,
+)
 from seuf_ray.errors import ConfigError
 from seuf_ray.model import load_tokenizer
 from seuf_ray.passes import Targets
 from seuf_ray.quiz import Quiz, make_quiz
+from seuf_ray.sources import Found
 
 A = TypeVar("A", bound=Artifact)
 
@@ -31,7 +41,17 @@ PLAN, ATTRIBUTION = "plan.json", "attribution.json"
 BEFORE, AFTER = "evaluation_before.json", "evaluation_after.json"
 # What the unlearning stage writes.
 TRAINED = (PLAN, "metrics.jsonl", "tensorboard", "patch", "train", "cache")
-EVERYTHING = (ATTRIBUTION, *TRAINED, BEFORE, AFTER, "comparison.json", "compare", "report.html")
+# Anchors of target experts, and of routers that train: where a scope has none.
+MISSING_FOR = {
+    "full": ("frozen", "onehot"),
+    "routers": ("frozen", "onehot"),
+    "experts": ("onehot", "nullspace"),
+    "shared": ("onehot", "nullspace"),
+    "lora": ("onehot", "nullspace"),
+    "esft": ("nullspace",),
+}
+ATTRIBUTED = (ATTRIBUTION, "attribution.parquet", "attribution.html")
+EVERYTHING = (*ATTRIBUTED, *TRAINED, BEFORE, AFTER, "comparison.json", "compare", "report.html")
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,12 @@ class Job:
         return self._texts(self.config.data.retain)
 
     @cached_property
+    def idk(self) -> list[Row]:
+        """For each row of `forget` the one that an algorithm with an idk pass prefers."""
+        data, (texts, _) = self.config.data, self._read(self.config.data.forget)
+        return idk_rows(texts, self.tokenizer, data.sequence_length, data.idk_answer)
+
+    @cached_property
     def perplexity(self) -> TextSet:
         return self._texts(self.config.evaluation.perplexity)
 
@@ -103,10 +129,13 @@ class Job:
         return self.config.output_dir / name
 
     def _texts(self, sources: Sequence[str]) -> TextSet:
+        texts, found = self._read(sources)
+        rows = tokenize(texts, self.tokenizer, self.config.data.sequence_length)
+        return TextSet(rows, summarize(sources, found, rows))
+
+    def _read(self, sources: Sequence[str]) -> tuple[list[str], list[Found]]:
         texts, found = zip(*(read_texts(source, self.config.data) for source in sources), strict=True)
-        flat = [text for part in texts for text in part]
-        rows = tokenize(flat, self.tokenizer, self.config.data.sequence_length)
-        return TextSet(rows, summarize(list(sources), list(found), rows))
+        return [text for part in texts for text in part], list(found)
 
     def _quiz(self, source: str) -> Quiz:
         questions, _ = read_questions(source, self.config.data)
@@ -129,6 +158,18 @@ def prepare(config: JobConfig) -> Job:
     return job
 
 
+def prepare_attribution(config: JobConfig) -> Job:
+    """The job for attribution alone, which reads its sources as a stream: only their beginnings are read here.
+
+    Raises:
+        ConfigError: the checkpoint is not usable as written, or a source does not begin with a usable text.
+    """
+    job = Job(config)
+    for source in (*config.data.forget, *config.data.retain):
+        next(iter(stream_texts(source, config.data)))
+    return job
+
+
 def derive_variant(config: JobConfig, name: str) -> JobConfig:
     """The configuration of one row of the comparison, in a folder of its own."""
     variant = next(v for v in config.compare if v.name == name)
@@ -143,10 +184,10 @@ def _check_parallelism(config: JobConfig, checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"cluster.expert_parallel_size = {parallel} must divide this model's {experts} experts per layer"
         )
-    if parallel > 1 and config.targets.scope == "full":
+    if parallel > 1 and config.targets.scope in (*artifacts.IN_PLACE, "lora"):
         raise ConfigError(
-            "targets.scope = 'full' trains every expert where it lies and is not sharded by experts: "
-            "set cluster.expert_parallel_size = 1"
+            f"targets.scope = {config.targets.scope!r} trains in the model itself, whose experts would be spread over "
+            "workers: set cluster.expert_parallel_size = 1 (scopes of experts and routers run expert-parallel)"
         )
 
 
@@ -163,12 +204,17 @@ def _check_targets(config: JobConfig, checkpoint: Checkpoint) -> None:
     """Top-M is checked against the model before attribution spends any time."""
     shape, scope = checkpoint.shape, config.targets.scope
     most = shape.num_experts * (len(shape.moe_layers) if scope in ("model", "random") else 1)
-    if scope == "full" and config.anchor.name in ("frozen", "onehot"):
+    if config.anchor.name in MISSING_FOR.get(scope, ()):
         raise ConfigError(
-            f"anchor.name = {config.anchor.name!r} is about target experts and their routers, "
-            "targets.scope = 'full' has none: allowed are kl, none"
+            f"anchor.name = {config.anchor.name!r} is about target experts or routers that train, targets.scope = "
+            f"{scope!r} has none: not allowed here are {', '.join(MISSING_FOR[scope])}"
         )
-    if scope not in ("explicit", "full") and config.targets.top_m > most:
+    if config.anchor.name == "nullspace" and config.cluster.zero_stage > 0:
+        raise ConfigError(
+            "anchor.name = 'nullspace' changes routers after each step, and "
+            f"cluster.zero_stage = {config.cluster.zero_stage} spreads them over workers: set cluster.zero_stage = 0"
+        )
+    if scope in ("model", "layer", "same_layer", "random") and config.targets.top_m > most:
         raise ConfigError(
             f"targets.top_m = {config.targets.top_m}: scope {scope!r} has only {most} experts to choose from "
             f"({len(shape.moe_layers)} MoE layers of {shape.num_experts})"

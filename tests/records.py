@@ -16,6 +16,7 @@ from seuf_ray.artifacts import (
     LayerScores,
     ModelIdentity,
     Provenance,
+    Scores,
     Statistic,
     UnlearningPlan,
 )
@@ -39,7 +40,20 @@ def attribution(layers: int = 4, experts: int = 16, source: str = "embedded:chem
     dice = random.Random(0)
     rows = [[dice.expovariate(24) for _ in range(experts)] for _ in range(layers)]
     rows[min(2, layers - 1)][5] = 0.46
-    scores = [LayerScores(layer=i + 1, affinity=r, router_score=r, token_share=r) for i, r in enumerate(rows)]
+    ranked = sorted((v for r in rows for v in r), reverse=True)
+    scores = [
+        LayerScores(
+            layer=i + 1,
+            affinity=r,
+            router_score=r,
+            token_share=r,
+            retain=Scores(affinity=r[::-1], router_score=r[::-1], token_share=r[::-1]),
+            rank=[ranked.index(v) + 1 for v in r],
+            margin=[0.01] * experts,
+            stability=[float(v == ranked[0]) for v in r],
+        )
+        for i, r in enumerate(rows)
+    ]
     found = DataSummary(sources=[source], num_texts=1200, num_rows=1210, num_tokens=15_730, num_bad_rows=2)
     return AttributionReport(
         **COMMON,
@@ -47,6 +61,7 @@ def attribution(layers: int = 4, experts: int = 16, source: str = "embedded:chem
         num_experts=experts,
         top_k=2,
         data=found,
+        bootstrap=32,
         digest="d1" * 32,
         layers=scores,
         warnings=["The best expert leads by less than 5 %."],

@@ -121,7 +121,11 @@ def test_strongest_experts(page: Page) -> None:
     assert len(rows) == 10
     for (value, (layer, expert)), (following, _), row in zip(ranked, ranked[1:], rows, strict=False):
         assert row[1].startswith(f"layer {layer}, expert {expert}")
-        assert row[2:4] == [f"{value:#.4g}", f"{value - following:#.4g}"]
+        (found,) = [one for one in attribution().layers if one.layer == layer]
+        assert found.retain is not None
+        shown = (value, found.retain.affinity[expert], value - following)
+        assert row[2:5] == [f"{number:#.4g}" for number in shown]
+        assert row[5].startswith(f"{found.stability[expert] * 100:.0f}")
     assert "trained" in rows[0][1] and all("trained" not in row[1] for row in rows[1:])
 
 
@@ -226,7 +230,7 @@ def test_a_large_model(tmp_path: Path) -> None:
     assert time.perf_counter() - start < 2
     text = path.read_text()
     assert text.count(": affinity ") == 60 * 256
-    assert text.count('class="target"') == 2
+    assert text.count('class="target"') == 2 * 2  # on forget text and on retain text
     assert len(text) < 4_000_000
 
 

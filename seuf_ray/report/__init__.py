@@ -1,5 +1,5 @@
-"""Artifacts -> one self-contained HTML page (`write_report`), and its tables for a terminal (`console_table`)."""
+"""Artifacts -> self-contained HTML pages (`write_report`, `write_attribution_page`), and tables for a terminal."""
 
-from seuf_ray.report.page import console_table, write_report
+from seuf_ray.report.page import console_table, write_attribution_page, write_report
 
-__all__ = ["console_table", "write_report"]
+__all__ = ["console_table", "write_attribution_page", "write_report"]

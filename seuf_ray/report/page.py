@@ -54,9 +54,26 @@ def write_report(
             [attribution, plan, before, after, *([comparison] if comparison else [])], attribution, job
         ),
     ]
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8") + charts.heat_css()
-    artifacts.write_text(path, markup.page(_title(attribution), style, "\n".join(filter(None, parts))))
+    artifacts.write_text(path, markup.page(_title(attribution), _style(), "\n".join(filter(None, parts))))
     return path
+
+
+def write_attribution_page(path: Path, attribution: AttributionReport) -> Path:
+    """Write the page of an attribution by itself: warnings, heat maps, strongest experts."""
+    facts = [("model", attribution.model.name), ("family", attribution.model.model_type)]
+    facts += [("score", attribution.score), ("seed", str(attribution.provenance.seed))]
+    parts = [
+        _masthead("Attribution report", f"What carries {', '.join(attribution.data.sources[:3])}", facts),
+        _warnings(attribution.warnings),
+        experts.section(attribution),
+        _provenance([attribution], attribution, None),
+    ]
+    artifacts.write_text(path, markup.page(_title(attribution), _style(), "\n".join(filter(None, parts))))
+    return path
+
+
+def _style() -> str:
+    return Path(__file__).with_name("page.css").read_text(encoding="utf-8") + charts.heat_css()
 
 
 def console_table(comparison: Comparison) -> str:
@@ -74,8 +91,11 @@ def _header(attribution: AttributionReport, plan: UnlearningPlan, job: Mapping[s
     facts = [("model", attribution.model.name), ("family", attribution.model.model_type)]
     facts += [(kind, _plugin(job[kind])) for kind in ("algorithm", "anchor") if kind in job]
     facts += [("targets", f"{plan.scope}, top {plan.top_m}"), ("seed", str(plan.provenance.seed))]
-    eyebrow, title = '<p class="eyebrow">Unlearning report</p>', escape(_title(attribution))
-    return f"<header>{eyebrow}<h1>{title}</h1>{markup.chips(facts)}</header>"
+    return _masthead("Unlearning report", _title(attribution), facts)
+
+
+def _masthead(kind: str, title: str, facts: Sequence[tuple[str, str]]) -> str:
+    return f'<header><p class="eyebrow">{kind}</p><h1>{escape(title)}</h1>{markup.chips(facts)}</header>'
 
 
 def _plugin(value: Any) -> str:
@@ -165,6 +185,7 @@ def _provenance(
         ("parameters", f"{model.num_parameters:,}"),
         ("model fingerprint", model.fingerprint),
         ("statistics", attribution.digest),
+        ("attributed by", attribution.engine),
         ("forget texts", f"{data.num_texts:,} in {data.num_rows:,} rows, {data.num_bad_rows:,} malformed"),
     ]
     return markup.section(
