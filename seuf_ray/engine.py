@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.config import EngineConfig, TrainingConfig
+from seuf_ray.diagnosis import GradientWatch
 from seuf_ray.inplace import InPlace
 from seuf_ray.lora import LowRank
 from seuf_ray.model import ALL, MoEModel, Prefix, batch_counts
@@ -59,6 +60,9 @@ class Engine(Protocol):
 
     def step(self, learning_rate: float) -> float:
         """Clip and step; returns the norm over the whole plan before clipping. A non-finite one steps nothing."""
+
+    def broken_gradients(self) -> list[str]:
+        """Names of the parameters whose gradients were not finite in the last step, on any rank."""
 
     def constrain(self, bases: Mapping[int, Tensor]) -> None:
         """From now on steps change no router in the directions that `bases` has for its layer, (D, R) orthonormal."""
@@ -106,6 +110,7 @@ class LocalEngine:
         self.trainable = trainable_part(model, plan)
         self._prepare()
         self.trainable.attach(self.model)
+        self.watch = GradientWatch(self._named())
         self.projections: list[Projection] = []
         self.cache = ConstantCache(self.config.prefix_cache_bytes, spill, self._agree)
 
@@ -118,9 +123,15 @@ class LocalEngine:
         """The mean of all ranks' sizes: the same on each, so that they decide alike."""
         return int(self.total(torch.tensor(float(size), dtype=torch.float64)) / self.world_size)
 
-    def parameters(self) -> list[torch.nn.Parameter]:
+    def parameters(self) -> list[nn.Parameter]:
         """What the optimiser sees: the plan's tensors and nothing else."""
         return self.trainable.trained()
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """The same under names for people."""
+        known = [*self.trainable.named_parameters(), *self.model.module.named_parameters()]
+        names = {id(parameter): name for name, parameter in reversed(known)}
+        return {names[id(parameter)]: parameter for parameter in self.parameters()}
 
     def forward(
         self,
@@ -193,6 +204,9 @@ class LocalEngine:
             self._project()
         self.optimizer.zero_grad()
         return float(norm)
+
+    def broken_gradients(self) -> list[str]:
+        return self.watch.found(self.total)
 
     def constrain(self, bases: Mapping[int, Tensor]) -> None:
         weights, original = self.trainable.router_weights(), self.model.checkpoint

@@ -24,6 +24,7 @@ from seuf_ray.batches import Sampler, micro_batches
 from seuf_ray.config import JobConfig, TrainingConfig
 from seuf_ray.constraint import constrain
 from seuf_ray.data import Row
+from seuf_ray.diagnosis import in_words, where_passes_broke
 from seuf_ray.engine import Engine
 from seuf_ray.errors import ConfigError, did_you_mean
 from seuf_ray.guards import Keeper
@@ -94,7 +95,7 @@ def run(
         started = time.perf_counter()
         terms, norm = steps.take(step)
         clock += time.perf_counter() - started
-        broken = _broken(terms, norm, step)
+        broken = _broken(terms, norm, step, steps.origin)
         if broken or step % config.training.evaluate_every == 0 or step == config.training.steps:
             figures = terms | {"grad_norm": norm, "seconds": clock} | steps.telemetry.collect()
             progress = report(step, monitor.measure() | figures, broken)
@@ -117,6 +118,7 @@ class Steps:
         reads = reads_of([config.algorithm, config.anchor], targets)
         self.reads = with_reference(reads, targets, config.telemetry)
         self.telemetry = Telemetry(engine, targets, config.telemetry)
+        self.origin = ""  # of the first number that was not finite
 
     def take(self, step: int) -> tuple[dict[str, float], float]:
         """The terms' values over the whole batch, and the gradient norm before clipping."""
@@ -126,14 +128,16 @@ class Steps:
         sums: dict[str, float] = {}
         self.telemetry.begin(step)
         for at in range(number):
-            terms = self._terms({name: batches[at] for name, batches in parts.items()}, counts)
-            values = self._values(terms)
+            loss, values = self._part({name: batches[at] for name, batches in parts.items()}, counts)
             sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
             if not math.isfinite(values["loss/total"]):
                 return sums, math.nan
-            self.engine.backward(torch.stack(list(terms.values())).sum(), last=at == number - 1)
+            self.engine.backward(loss, last=at == number - 1)
         self.telemetry.end()
-        return sums, self.engine.step(learning_rate(self.config.training, step))
+        norm = self.engine.step(learning_rate(self.config.training, step))
+        if not math.isfinite(norm):
+            self.origin = f"in the gradient of {in_words(self.engine.broken_gradients())}"
+        return sums, norm
 
     def _parts(self, step: int) -> dict[str, list[Batch]]:
         """This rank's micro-batches of each set that a loss reads; every rank has the same number of them."""
@@ -153,7 +157,20 @@ class Steps:
             batches += [batches[-1].filler().named(batches[-1].key, "filler")] * (longest - len(batches))
         return parts
 
-    def _terms(self, batches: Mapping[str, Batch], counts: Mapping[str, Counts]) -> dict[str, Tensor]:
+    def _part(
+        self, batches: Mapping[str, Batch], counts: Mapping[str, Counts]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The loss of one micro-batch of each set, and what its terms are over all ranks."""
+        passes = self._passes(batches, counts)
+        anchor = _call(self.config.anchor, passes)
+        self.telemetry.observe(passes, anchor)
+        terms = _call(self.config.algorithm, passes) | anchor
+        values = self._values(terms)
+        if not math.isfinite(values["loss/total"]):
+            self.origin = where_passes_broke(passes, self.engine.total)
+        return torch.stack(list(terms.values())).sum(), values
+
+    def _passes(self, batches: Mapping[str, Batch], counts: Mapping[str, Counts]) -> dict[str, object]:
         passes: dict[str, object] = {"targets": self.targets, "seed": self.config.seed}
         for name in sorted(
             self.reads, key=lambda name: not name.endswith("_ref")
@@ -163,9 +180,7 @@ class Steps:
             passes[name] = self.engine.forward(
                 batches[side], reads=self.reads[name], counts=counts[side], **kind
             )
-        anchor = _call(self.config.anchor, passes)
-        self.telemetry.observe(passes, anchor)
-        return _call(self.config.algorithm, passes) | anchor
+        return passes
 
     def _values(self, terms: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over ranks: each rank's term is its share of the whole batch's mean, times the number of ranks."""
@@ -216,13 +231,13 @@ def learning_rate(training: TrainingConfig, step: int) -> float:
     return training.learning_rate * min(1.0, step / max(training.warmup_steps, 1))
 
 
-def _broken(terms: Mapping[str, float], norm: float, step: int) -> str | None:
+def _broken(terms: Mapping[str, float], norm: float, step: int, origin: str) -> str | None:
     """Why this step was not taken."""
     bad = [name for name, value in terms.items() if not math.isfinite(value)]
     if not bad and math.isfinite(norm):
         return None
     culprit = ", ".join(bad) or "the gradient norm"
-    return f"non-finite {culprit} at step {step}; the state before it is kept (lower training.learning_rate?)"
+    return f"non-finite {culprit} at step {step}, {origin}; the state before it is kept (lower training.learning_rate?)"
 
 
 def _floor_reached(metrics: Mapping[str, float], training: TrainingConfig, step: int) -> str | None:

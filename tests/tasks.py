@@ -144,3 +144,19 @@ def interrupted_rank(folder: str, experts: list[Expert], cluster: dict) -> dict[
     assert all(torch.equal(again[name], before[name]) for name in before)
     ascend(engine, batches[2])
     return engine.tensors()
+
+
+def broken_rank(folder: str, experts: list[Expert], cluster: dict) -> tuple[float, list[str], bool]:
+    """A step whose gradient is 0/0 on the last rank alone: its norm, who is named, and whether nothing moved."""
+    from seuf_ray.deepspeed_engine import DeepSpeedEngine
+
+    checkpoint = Checkpoint(Path(folder))
+    plan = make_plan(checkpoint, experts)
+    engine = DeepSpeedEngine(MoEModel(checkpoint), plan, TrainingConfig(), ClusterConfig(**cluster))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    batch, before = rows_of(random_batch(), list(range(rank, 5, world_size))), engine.tensors()
+    forward = engine.forward(batch, grad=True)
+    nothing = forward.logps.sum() * 0.0
+    engine.backward(forward.nll() + (nothing.sqrt() if rank == world_size - 1 else nothing))
+    norm, after = engine.step(LEARNING_RATE), engine.tensors()
+    return norm, engine.broken_gradients(), all(torch.equal(after[name], before[name]) for name in before)

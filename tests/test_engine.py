@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from distributed import run
-from tasks import ascend, each, interrupted_rank, make_plan, random_batch, train_local, train_rank
+from tasks import (
+    ascend,
+    broken_rank,
+    each,
+    interrupted_rank,
+    make_plan,
+    random_batch,
+    train_local,
+    train_rank,
+)
 from tiny import FAMILY_NAMES, save_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -213,7 +222,8 @@ def test_two_processes_in_bfloat16_are_as_near_to_float32_as_one_is(
     family: str, folders: Folders, trained_in_pairs: dict[tuple[str, torch.dtype], list[dict]]
 ) -> None:
     """Adam takes a whole step along a gradient near zero, whose sign is rounding: single numbers may differ by as much
-    as they moved. So the yardstick is how far one process in bfloat16 ends from itself in float32."""
+    as they moved. So the yardstick is how far one process in bfloat16 ends from itself in float32: two roundings that
+    have nothing to do with each other lie sqrt(2) of it apart, and twice is allowed."""
     _check_bfloat16(folders[family, torch.bfloat16], trained_in_pairs[family, torch.bfloat16])
 
 
@@ -222,9 +232,10 @@ def _check_bfloat16(folder: Path, ranks: list[dict]) -> None:
     found = ranks[0]["tensors"]
     _assert_same(found, ranks[1]["tensors"], tolerance=0)
     yardstick = _distance(one, fine)
-    assert _distance(found, one) < 1.25 * yardstick
-    assert _distance(found, fine) < 1.25 * yardstick
-    assert yardstick < 0.5 * _distance(fine, train_local(folder, EXPERTS, steps=0))
+    assert _distance(found, one) < 2 * yardstick
+    assert _distance(found, fine) < 2 * yardstick
+    moved = _distance(fine, train_local(folder, EXPERTS, steps=0))
+    assert max(yardstick, _distance(found, fine)) < 0.5 * moved
     for rank in ranks:
         assert rank["frozen"] == {torch.bfloat16}
         assert rank["trained"] == rank["state"] == {torch.float32}
@@ -273,6 +284,16 @@ def test_going_back_to_a_state_undoes_a_step_on_every_rank(qwen: Path) -> None:
         _assert_same(first, expected, tolerance=3e-5)
 
 
+@pytest.mark.timeout(300)
+def test_a_gradient_that_breaks_on_one_rank_steps_nothing_and_all_ranks_say_where(qwen: Path) -> None:
+    stages = [{"num_workers": 2, "expert_parallel_size": 2, "zero_stage": stage} for stage in range(4)]
+    for found in zip(*run(each, 2, broken_rank, [(str(qwen), [(1, 0)], s) for s in stages]), strict=True):
+        assert found[0] == found[1] or all(math.isnan(norm) for norm, *_ in found)
+        for norm, names, is_unchanged in found:
+            assert not math.isfinite(norm) and is_unchanged
+            assert "routers.1.weight" in names and names == found[0][1]
+
+
 def _check_two_processes(folder: Path, ranks: list[dict]) -> None:
     """Five rows fall 3 + 2 on the ranks; sums over the whole batch make that the same as one process."""
     alone = train_local(folder, EXPERTS)
@@ -298,7 +319,7 @@ def test_full_training_is_plain_data_parallel(qwen: Path) -> None:
     cluster = {"num_workers": 2, "expert_parallel_size": 1}
     ranks = run(train_rank, 2, str(qwen), [], cluster)
     _assert_same(ranks[0]["tensors"], ranks[1]["tensors"], tolerance=0)
-    _assert_same(ranks[0]["tensors"], train_local(qwen, []), tolerance=3e-4)
+    _assert_same(ranks[0]["tensors"], train_local(qwen, []), tolerance=1e-3)  # of 3e-2 that they moved
 
 
 def test_deepspeed_is_built_without_a_compiler() -> None:

@@ -236,7 +236,9 @@ def test_a_request_that_cannot_be_placed_is_an_error_with_numbers(tmp_path: Path
     with pytest.raises(ConfigError, match=r"num_workers = 64 needs 64 CPU .* has 4"):
         require(config.cluster)
     crowd = Job(make_config(tmp_path, attribution={"num_actors": 40}))
-    with pytest.raises(ConfigError, match="40 actors"):
+    with pytest.raises(
+        ConfigError, match=r"num_actors = 40 with 0.5 CPU each .* need 21 CPU, the Ray cluster has 4"
+    ):
         attribute(crowd)
 
 
