@@ -41,6 +41,11 @@ PAIRS = {  # figure -> ours, theirs, what it says
         "cached; a lower target gains less, and a batch's first visit costs what `prefix_cache` says. AdamW is about "
         "a third of the peer's step at 512 tokens; at 2,048 (`--rows 16 --length 128`) the ratio was 3.4.",
     ),
+    "ga_layer": (
+        "ga layer",
+        "full ga",
+        "One expert in each layer: the lowest target is the first layer, so only the original's answer is cached.",
+    ),
     "npo": (
         "npo",
         "full npo",
@@ -69,6 +74,7 @@ MEMORY = {  # whose peak is measured, and our engine's settings; None: as everyw
     "ours": None,
     "checkpointing": EngineConfig(gradient_checkpointing=True),
     "whole": EngineConfig(),
+    "layer": None,
     "full": None,
 }
 
@@ -84,6 +90,7 @@ def steps_figures(setting: Setting) -> list[Figure]:
     contestants: dict[str, Step] = {
         "ga": ours.step(),
         "ga whole": Ours(setting, config=EngineConfig()).step(),
+        "ga layer": Ours(setting, every_layer=True).step(),
         "full ga": lambda: full.ga(forget),
         "npo": ours.step(NPO),
         "full npo": lambda: full.npo(forget),
@@ -163,11 +170,12 @@ def memory_figures(setting: Setting, arguments: list[str]) -> list[Figure]:
         command = [sys.executable, __file__, *arguments, "--folder", str(setting.folder), "--memory", kind]
         found[kind] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     weights = found["ours"]["weights"]
-    ours, less, whole, full = (found[kind]["peak"] / weights for kind in MEMORY)
+    ours, less, whole, layer, full = (found[kind]["peak"] / weights for kind in MEMORY)
     says = (
         f"GA; peak of the process less its size after imports, over {weights / 2**20:,.0f} MiB of weights (target "
         f"1.15). Loading alone peaks at {found['ours']['loaded'] / weights:.2f}; the rest is what layers keep "
-        f"for the backward pass: {whole:.2f} with the whole batch at once, {less:.2f} with checkpointing."
+        f"for the backward pass: {whole:.2f} with the whole batch at once, {less:.2f} with checkpointing; {layer:.2f} "
+        "for one expert in each layer, a quarter of the batch at a time as here."
     )
     return [Figure("peak_memory_over_weights", ours, full, full / ours, "weights", says)]
 
@@ -182,7 +190,7 @@ def measure_memory(kind: str, setting: Setting) -> None:
         model: Any = full.trainer.model
         loaded, step = _memory("VmHWM", setting.device), lambda: full.ga(ids)
     else:
-        ours = Ours(setting, config=MEMORY[kind])
+        ours = Ours(setting, config=MEMORY[kind], every_layer=kind == "layer")
         model, loaded = ours.engine.model.module, _memory("VmHWM", setting.device)
         step = ours.step()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())

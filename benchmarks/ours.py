@@ -1,4 +1,4 @@
-"""Our side: one expert of the middle layer and its router, trained through the loop's own `Steps`.
+"""Our side: one expert of the middle layer (or of each) and its router, trained through the loop's own `Steps`.
 
 The batch goes through in micro-batches of a quarter, which is what keeps the peak of memory low (`FRUGAL`): one
 setting for time and memory alike.
@@ -15,7 +15,7 @@ import peers
 import torch
 from setting import STEERING, Setting
 
-from seuf_ray.artifacts import UnlearningPlan, provenance
+from seuf_ray.artifacts import Expert, UnlearningPlan, provenance
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.config import ClusterConfig, EngineConfig, JobConfig, TelemetryConfig, TrainingConfig
 from seuf_ray.engine import LocalEngine
@@ -37,14 +37,27 @@ def frugal(setting: Setting) -> EngineConfig:
 
 
 class Ours:
-    """One expert of the middle layer and its router on an engine, trained by the loop's own steps."""
+    """Target experts and their routers on an engine, trained by the loop's own steps.
+
+    Args:
+        every_layer: one expert of each layer; default: one of the middle layer.
+    """
 
     def __init__(
-        self, setting: Setting, cluster: ClusterConfig | None = None, config: EngineConfig | None = None
+        self,
+        setting: Setting,
+        cluster: ClusterConfig | None = None,
+        config: EngineConfig | None = None,
+        *,
+        every_layer: bool = False,
     ) -> None:
         checkpoint = Checkpoint(setting.folder)
-        self.setting, self.targets = setting, _targets(checkpoint, setting)
-        plan, self.config = _plan(checkpoint, setting.target), config or frugal(setting)
+        layers = checkpoint.shape.moe_layers if every_layer else setting.target[:1]
+        experts = [(layer, setting.target[1]) for layer in layers]
+        shape = checkpoint.shape
+        self.setting = setting
+        self.targets = Targets(tuple(experts), tuple(layers), shape.moe_layers, shape.scoring)
+        plan, self.config = _plan(checkpoint, experts), config or frugal(setting)
         self.training = TrainingConfig(batch_size=setting.rows, learning_rate=peers.LEARNING_RATE)
         if cluster is None:
             model = MoEModel(checkpoint, setting.dtype, setting.device)
@@ -85,22 +98,18 @@ class Ours:
         return take
 
 
-def _targets(checkpoint: Checkpoint, setting: Setting) -> Targets:
-    shape = checkpoint.shape
-    return Targets((setting.target,), (setting.target[0],), shape.moe_layers, shape.scoring)
-
-
-def _plan(checkpoint: Checkpoint, target: tuple[int, int]) -> UnlearningPlan:
-    names = [checkpoint.family.expert_tensor(*target, part) for part in PARTS]
-    names.append(checkpoint.family.router_tensor(target[0]))
+def _plan(checkpoint: Checkpoint, experts: list[Expert]) -> UnlearningPlan:
+    layers = [layer for layer, _ in experts]
+    names = [checkpoint.family.expert_tensor(*expert, part) for expert in experts for part in PARTS]
+    names += [checkpoint.family.router_tensor(layer) for layer in layers]
     numel = sum(math.prod(checkpoint.info(name)[1]) for name in names)
     return UnlearningPlan(
         model=checkpoint.identity("benchmark"),
         provenance=provenance(0),
         scope="explicit",
         top_m=1,
-        experts=[target],
-        routers=[target[0]],
+        experts=experts,
+        routers=layers,
         tensors=names,
         num_trainable=numel,
         trainable_fraction=numel / checkpoint.num_parameters,
