@@ -13,7 +13,8 @@ class SearchConfig(Section):
     space: dict[str, Any] = Field(
         {},
         description="dotted path -> {choice = [...]}, {grid = [...]}, {uniform = [low, high]}, "
-        '{loguniform = [low, high]} or {randint = [low, high]}, with when = {"algorithm.name" = "rmu"} for one that only some trials have',
+        '{loguniform = [low, high]} or {randint = [low, high]}; and when = {"algorithm.name" = "rmu"} where '
+        "only some trials have it",
     )
     num_trials: int = Field(
         32,
@@ -34,7 +35,8 @@ class SearchConfig(Section):
     objective: Literal["utility", "forget", "pareto"] = Field(
         "utility",
         description="highest utility with forget accuracy of at most max_forget; lowest forget accuracy with "
-        "utility of at least min_utility; or all that nothing beats in forget accuracy, utility and routing drift together",
+        "utility of at least min_utility; or all that nothing beats in forget accuracy, utility and routing "
+        "drift together",
     )
     max_forget: float = Field(0.3, ge=0, le=1, description="of objective = utility")
     min_utility: float = Field(0.95, ge=0, le=1, description="of objective = forget")
