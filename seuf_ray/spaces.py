@@ -276,7 +276,10 @@ def _completed(wanted: Assignment, spaces: Sequence[Space], known: Mapping[str, 
     """With the first value of each condition that is not met yet; None where the wanted values exclude each other."""
     wanted, waiting = dict(wanted), list(wanted)
     while waiting:
-        for path, values in known[waiting.pop()].when:
+        space = known[waiting.pop()]
+        name = f"{space.path.partition('.')[0]}.name"  # of the plug-in that a hyper-parameter belongs to
+        named = [(name, known[name].values)] if name in known and name != space.path else []
+        for path, values in (*space.when, *named):
             if wanted.setdefault(path, values[0]) not in values:
                 return None
             waiting.append(path)
