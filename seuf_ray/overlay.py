@@ -182,5 +182,4 @@ class Overlay(nn.Module):
 
 def _copy_expert(model: MoEModel, layer: int, expert: int) -> ExpertOverlay:
     gate, up, down = (model.view(model.family.expert_tensor(layer, expert, part)) for part in PARTS)
-    experts: Any = model.sites[layer].block.get_submodule("experts")
-    return ExpertOverlay(gate, up, down, experts.act_fn)
+    return ExpertOverlay(gate, up, down, model.activation)

@@ -150,7 +150,7 @@ class _Notes:
         return self.record("finished", progress.stopped or "")
 
     def record(self, status: str, why: str | None) -> TrialRecord:
-        metrics = self.metrics.get(self.step, {})
+        metrics = {name: v for name, v in self.metrics.get(self.step, {}).items() if name != "seconds"}
         figures = objectives.figures(metrics) if metrics else {}
         return TrialRecord(
             number=self.trial.number,
