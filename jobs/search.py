@@ -10,8 +10,10 @@ from seuf_ray.command import command
 config = command(__doc__)
 
 from seuf_ray.artifacts import AttributionReport
-from seuf_ray.console import heading, show_attribution, show_evaluation
+from seuf_ray.console import heading, show_attribution, show_evaluation, show_search, trial_printer
 from seuf_ray.job import ATTRIBUTED, ATTRIBUTION, claim, read_input
+from seuf_ray.objectives import words
+from seuf_ray.report import write_search_page
 from seuf_ray.searching import SEARCHED, finish_search, prepare_search
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.evaluate import evaluate
@@ -29,27 +31,16 @@ with session(config.cluster):
         report = read_input(job, AttributionReport, ATTRIBUTION, config.inputs.attribution)
     show_attribution(report)
 
-    heading("search")
-    trials = search(
-        job,
-        report,
-        lambda record, schedule: print(
-            record.number,
-            record.status,
-            record.figures,
-            record.seconds,
-            record.worker,
-            record.assignment,
-            record.why,
-            flush=True,
-        ),
-    )
+    heading(f"search: {config.search.searcher}, for {words(config.search)}")
+    trials = search(job, report, trial_printer(config.search))
     found = finish_search(job, report, trials)
+    show_search(found)
 
+    before = after = None
     if found.best is not None:
         heading("evaluate: the original, then the best trial's patch")
         before = evaluate(job)
         show_evaluation(before)
         after = evaluate(job, job.path("patch"))
         show_evaluation(after)
-heading(f"done: {job.path('search.json')}")
+heading(f"done: {write_search_page(job.path('report.html'), found, before, after)}")

@@ -53,7 +53,9 @@ class LowRank(nn.Module):
         """Take peft's wrappers out again; what they wrap was never changed."""
         for module, children in self._modules_before.items():
             module._modules.update(children)
-        self._model[0].module.__dict__.pop("peft_config", None)  # of these adapters; others would be added to them
+        self._model[0].module.__dict__.pop(
+            "peft_config", None
+        )  # of these adapters; others would be added to them
 
     def trained(self) -> list[nn.Parameter]:
         """What the optimizer sees."""

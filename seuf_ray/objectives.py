@@ -43,9 +43,9 @@ def score(found: Figures, config: SearchConfig) -> float:
 def words(config: SearchConfig) -> str:
     """The objective in a few words."""
     if config.objective == "utility":
-        return f"highest utility with forget accuracy of at most {config.max_forget:g}"
+        return f"the highest utility with forget accuracy of at most {config.max_forget:g}"
     if config.objective == "forget":
-        return f"lowest forget accuracy with utility of at least {config.min_utility:g}"
+        return f"the lowest forget accuracy with utility of at least {config.min_utility:g}"
     return "the Pareto front of forget accuracy (low), utility (high) and routing drift (low)"
 
 
@@ -61,14 +61,15 @@ def is_result(trial: TrialRecord) -> bool:
 
 
 def best(trials: Sequence[TrialRecord], config: SearchConfig) -> TrialRecord | None:
-    """The highest score; of equals the one with less forget accuracy, then less drift, then the earlier one."""
+    """The highest score; of equals the one with more utility, then less drift, then the earlier one."""
     results = [trial for trial in trials if is_result(trial)]
-    return max(results, key=lambda trial: _rank(trial, config), default=None)
+    return max(results, key=lambda trial: rank(trial, config), default=None)
 
 
-def _rank(trial: TrialRecord, config: SearchConfig) -> tuple[float, ...]:
+def rank(trial: TrialRecord, config: SearchConfig) -> tuple[float, ...]:
+    """What results are ordered by, the best highest; drift decides where accuracies do not."""
     found = trial.figures
-    return score(found, config), -found["forget_accuracy"], -found["drift"], -trial.number
+    return score(found, config), found["utility"], -found["drift"], -trial.number
 
 
 def front(trials: Sequence[TrialRecord]) -> list[TrialRecord]:

@@ -283,6 +283,10 @@ def _completed(wanted: Assignment, spaces: Sequence[Space], known: Mapping[str, 
             if wanted.setdefault(path, values[0]) not in values:
                 return None
             waiting.append(path)
+    for space in spaces:  # a plug-in may need its hyper-parameters
+        name = f"{space.path.partition('.')[0]}.name"
+        if name in wanted and name in known and space.path not in wanted and is_there(space, wanted):
+            wanted[space.path] = space.values[0]
     return {space.path: wanted[space.path] for space in spaces if space.path in wanted}
 
 

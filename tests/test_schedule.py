@@ -123,9 +123,10 @@ def test_asha_ends_what_is_under_the_best_third() -> None:
 
 
 def test_a_trial_that_meets_the_condition_comes_before_all_that_do_not() -> None:
-    """At most .3: utility .5 wins over utility 1 at .31; of equals the one that forgets more."""
+    """At most .3: utility .5 wins over utility 1 at .31; of equals the one with less drift, then the earlier."""
     config = SearchConfig(objective="utility", max_forget=0.3)
-    trials = [record(0, 0.31, 1.0), record(1, 0.3, 0.5), record(2, 0.2, 0.5), record(3, 0.2, 0.5)]
+    trials = [record(0, 0.31, 1.0), record(1, 0.3, 0.5, 0.2), record(2, 0.3, 0.5, 0.1)]
+    trials.append(record(3, 0.3, 0.5, 0.1))
     assert objectives.score(trials[0].figures, config) == pytest.approx(-0.01)
     assert objectives.best(trials, config) == trials[2]
     assert objectives.best(trials, SearchConfig(objective="forget", min_utility=0.9)) == trials[0]

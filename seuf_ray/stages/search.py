@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -29,7 +29,7 @@ from seuf_ray.stages.trials import TrialWorker, bundles, write_trial
 from seuf_ray.stages.unlearn import make_task
 from seuf_ray.unlearning import Progress
 
-Listener = Callable[[TrialRecord, Schedule], None]
+Listener = Callable[[TrialRecord, Sequence[TrialRecord], int], None]  # what ended, all that did, of how many
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -158,7 +158,7 @@ class Recorder(_Unpickled, tune.Callback):
             board.__exit__()
         _prune(self.job, self.schedule)
         if self.listener is not None:
-            self.listener(record, self.schedule)
+            self.listener(record, list(self.schedule.records.values()), self.schedule.total)
 
     def close(self) -> None:
         for board in self._boards.values():
