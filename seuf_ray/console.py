@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from seuf_ray.artifacts import AttributionReport, EvaluationReport, UnlearningPlan
+from seuf_ray import objectives
+from seuf_ray.artifacts import AttributionReport, EvaluationReport, SearchReport, TrialRecord, UnlearningPlan
+from seuf_ray.config import SearchConfig
 from seuf_ray.topics import TopicComparison
 from seuf_ray.unlearning import Progress
 
@@ -140,3 +142,45 @@ def show_evaluation(report: EvaluationReport) -> None:
         print(f"  routing on forget tokens: top-1 overlap {overlap:.3f}, KL {kl:.4f} nats per token")
     for source, found in {**report.forget, **report.utility}.items():
         print(f"    {source:32s} {found.mean:.3f}  of {found.count:.0f}", flush=True)
+
+
+def trial_printer(config: SearchConfig) -> Callable[[TrialRecord, Sequence[TrialRecord], int], None]:
+    """A listener that prints the table of a search row by row; `*` marks what is the best so far."""
+    print(
+        f"  {'trial':>9s}  {'end':9s} {'score':>7s} {'forget':>6s} {'utility':>7s} {'drift':>6s} {'seconds':>7s}"
+    )
+
+    def show(record: TrialRecord, known: Sequence[TrialRecord], total: int) -> None:
+        leader = objectives.best(known, config)
+        star = "*" if leader is not None and leader.number == record.number else " "
+        figures = [record.figures.get(name) for name in objectives.FIGURES]
+        score = objectives.score(record.figures, config) if objectives.is_result(record) else None
+        cells = [
+            f"{'-' if v is None else format(v, '.3f'):>{w}s}"
+            for v, w in zip([score, *figures], (7, 6, 7, 6), strict=True)
+        ]
+        name = f"{star} {record.number:3d} ({len(known)}/{total})  {record.status:9s}"
+        print(f"{name} {' '.join(cells)} {record.seconds:7.1f}  {_settings(record)}", flush=True)
+        if record.status in ("diverged", "refused", "failed"):
+            print(f"        {record.why}", flush=True)
+
+    return show
+
+
+def _settings(record: TrialRecord) -> str:
+    values = {path: f"{v:.3g}" if isinstance(v, float) else str(v) for path, v in record.assignment.items()}
+    return "  ".join(f"{path.removeprefix('training.')} {value}" for path, value in values.items())
+
+
+def show_search(report: SearchReport) -> None:
+    """The best trial, as overrides, and what mattered."""
+    if report.best is None:
+        print("  no trial came to a result: search.json says why each ended", flush=True)
+        return
+    if len(report.chosen) > 1:
+        print(f"  the front: trials {', '.join(map(str, report.chosen))}")
+    print(f"  trial {report.best} is the best: {report.objective}")
+    for line in report.overrides:
+        print(f"    {line}")
+    shares = ", ".join(f"{path} {share:.0%}" for path, share in report.importance.items())
+    print(f"  what explains the score: {shares}", flush=True)

@@ -82,6 +82,9 @@ class Engine(Protocol):
     def load_state(self, state: State) -> None:
         """Go back to a state."""
 
+    def detach(self) -> None:
+        """Leave the model as it was before this engine, for another one; this one is of no use any more."""
+
 
 class LocalEngine:
     """The protocol in one process.
@@ -92,6 +95,7 @@ class LocalEngine:
         training: optimiser settings.
         config: memory settings.
         spill: folder for cached tensors that do not fit in memory.
+        cache: of engines before this one over the same model, to be used on.
     """
 
     rank = 0
@@ -104,6 +108,7 @@ class LocalEngine:
         training: TrainingConfig,
         config: EngineConfig | None = None,
         spill: Path | None = None,
+        cache: ConstantCache | None = None,
     ) -> None:
         self.model, self.training, self.config = model, training, config or EngineConfig()
         self.first_layer = plan.first_layer
@@ -112,7 +117,7 @@ class LocalEngine:
         self.trainable.attach(self.model)
         self.watch = GradientWatch(self._named())
         self.projections: list[Projection] = []
-        self.cache = ConstantCache(self.config.prefix_cache_bytes, spill, self._agree)
+        self.cache = cache or ConstantCache(self.config.prefix_cache_bytes, spill, self._agree)
 
     def _prepare(self) -> None:
         self.optimizer = torch.optim.AdamW(
@@ -161,7 +166,7 @@ class LocalEngine:
         """Nothing below the lowest target ever changes, so a batch that comes again goes on from there."""
         if self.first_layer == 0:
             return None  # embeddings may train
-        key = (batch.key, "prefix")
+        key = (batch.key, "prefix", self.first_layer)
         kept = self.cache.get(key, self.model.device) if batch.key is not None else None
         if kept is not None:
             assert kept["hidden"].shape[:2] == batch.ids.shape, f"two batches are called {batch.key}"
@@ -248,6 +253,9 @@ class LocalEngine:
                 parameter.copy_(value)
         self.optimizer.load_state_dict(clone(state["optimizer"]))
         self.optimizer.zero_grad()  # of a step that was given up half way
+
+    def detach(self) -> None:
+        self.trainable.detach()
 
 
 def trainable_part(model: MoEModel, plan: UnlearningPlan) -> Overlay | InPlace | LowRank:

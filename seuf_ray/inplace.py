@@ -36,6 +36,13 @@ class InPlace(nn.Module):
     def attach(self, model: MoEModel) -> None:
         """Nothing to hook."""
 
+    def detach(self) -> None:
+        """Put the original values back, bit for bit, and freeze the parameters again."""
+        self._model[0].exchange(self._original)
+        for parameter in self.trained():
+            parameter.requires_grad_(False)
+            parameter.grad = None
+
     def trained(self) -> list[nn.Parameter]:
         """What the optimizer sees; asked for anew each time, as DeepSpeed may replace modules."""
         return [self._model[0].module.get_parameter(path) for path in self._paths]

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -69,8 +70,7 @@ class Job:
         self.config = config
         self.checkpoint = Checkpoint(resolve(config.model.name, config.model.revision))
         self.identity: ModelIdentity = self.checkpoint.identity(config.model.name, config.model.revision)
-        _check_parallelism(config, self.checkpoint)
-        _check_targets(config, self.checkpoint)
+        check_job(config, self.checkpoint)
         _check_writable("output_dir", config.output_dir)
         _check_writable("engine.cache_dir", self.cache_dir)
 
@@ -111,9 +111,7 @@ class Job:
 
     def targets(self, plan: UnlearningPlan) -> Targets:
         """What the plan means to an anchor."""
-        shape = self.checkpoint.shape
-        layers = sorted({layer for layer, _ in plan.experts}) or list(shape.moe_layers)
-        return Targets(tuple(plan.experts), tuple(layers), shape.moe_layers, shape.scoring)
+        return Targets.of(plan, self.checkpoint.shape)
 
     @property
     def cache_dir(self) -> Path:
@@ -123,6 +121,13 @@ class Job:
     def kept(self, kind: type[A], name: str) -> A | None:
         """An artifact that an earlier, interrupted run of this job left, when `resume` asks to go on from it."""
         return read_input(self, kind, name) if self.config.resume and self.path(name).exists() else None
+
+    def with_config(self, config: JobConfig) -> Job:
+        """Another job on the same checkpoint and data, such as a search's trial."""
+        check_job(config, self.checkpoint)
+        other = copy.copy(self)
+        other.config = config
+        return other
 
     def path(self, name: str) -> Path:
         """A file or folder of this job's output."""
@@ -176,6 +181,12 @@ def derive_variant(config: JobConfig, name: str) -> JobConfig:
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     folder = config.output_dir / "compare" / slug
     return derive(config, [*variant.overrides, f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"])
+
+
+def check_job(config: JobConfig, checkpoint: Checkpoint) -> None:
+    """Whether the model can do what the job asks; raises ConfigError where it cannot."""
+    _check_parallelism(config, checkpoint)
+    _check_targets(config, checkpoint)
 
 
 def _check_parallelism(config: JobConfig, checkpoint: Checkpoint) -> None:
@@ -279,10 +290,10 @@ def read_input(job: Job, kind: type[A], name: str, given: Path | None = None) ->
     return artifact
 
 
-def write_patch(job: Job, plan: UnlearningPlan, tensors: dict[str, Any]) -> Path:
-    """The trained tensors as `patch/` of the output folder."""
+def write_patch(job: Job, plan: UnlearningPlan, tensors: dict[str, Any], name: str = "patch") -> Path:
+    """The trained tensors as a folder of the output folder."""
     made = artifacts.provenance(job.config.seed, plan=plan.fingerprint, model=job.identity.fingerprint)
-    folder = job.path("patch")
+    folder = job.path(name)
     config = job.config.model_dump(mode="json")
     patch.write(folder, job.checkpoint, job.identity, plan, config, tensors, made)
     return folder

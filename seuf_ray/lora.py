@@ -39,6 +39,7 @@ class LowRank(nn.Module):
         self._model = [model]  # in a list: it is not a submodule of ours
         self._frozen = {name: model.view(name) for name in names}  # the modules get other names now
         paths = sorted({place(model.family, name).path for name in names})
+        self._modules_before = {module: dict(module._modules) for module in model.module.modules()}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             _inject(model.module, paths, rank, alpha)
@@ -47,6 +48,14 @@ class LowRank(nn.Module):
 
     def attach(self, model: MoEModel) -> None:
         """Nothing to hook."""
+
+    def detach(self) -> None:
+        """Take peft's wrappers out again; what they wrap was never changed."""
+        for module, children in self._modules_before.items():
+            module._modules.update(children)
+        self._model[0].module.__dict__.pop(
+            "peft_config", None
+        )  # of these adapters; others would be added to them
 
     def trained(self) -> list[nn.Parameter]:
         """What the optimizer sees."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +57,8 @@ class MoEModel:
         self.family, self.shape = checkpoint.family, checkpoint.shape
         self.dtype, self.owned = dtype, owned
         self.attach(load(checkpoint, dtype, device, owned=owned))
+        experts: Any = next(iter(self.sites.values())).block.get_submodule("experts")
+        self.activation: Callable[[Tensor], Tensor] = experts.act_fn  # AutoEP's blocks do not have it
 
     def attach(self, module: nn.Module) -> None:
         """Use `module` (after DeepSpeed replaced its MoE blocks) and tap its routers."""
@@ -63,6 +66,7 @@ class MoEModel:
         self.sites = {layer: site_of(module, layer) for layer in self.shape.moe_layers}
         self.taps = RouterTaps(self.sites)
         self.spans = Spans(module)
+        self.is_replaced = any(site.gate is not site.router for site in self.sites.values())
 
     def detach(self) -> None:
         """Let go of the MoE blocks until `attach`: what DeepSpeed replaces would stay in memory with us otherwise."""
@@ -175,12 +179,17 @@ class MoEModel:
         """The part of a parameter that the checkpoint calls `name`, sharing its memory.
 
         An expert that is not owned has no memory here: it comes as a copy from the checkpoint, so an overlay can
-        start from it on every rank.
+        start from it on every rank. So does all that DeepSpeed has put elsewhere.
 
         Raises:
             KeyError: the model has no such tensor.
         """
-        shared = view(self.module, self.family, name)
+        try:
+            shared = view(self.module, self.family, name)
+        except KeyError:
+            if not self.is_replaced or name not in self.checkpoint.files:
+                raise
+            return self.checkpoint.read(name).to(self.device, self.dtype)
         return shared if self._holds(name) else self.checkpoint.read(name).to(shared)
 
     def _holds(self, name: str) -> bool:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.families import PARTS
@@ -72,6 +73,8 @@ class Overlay(nn.Module):
         self.routers = nn.ModuleDict(
             {str(at): RouterOverlay(model.view(model.family.router_tensor(at))) for at in plan.routers}
         )
+        self._hooks: list[RemovableHandle] = []
+        self._hooked: list[Site] = []
         self._targets: dict[int, list[int]] = {}
         for layer, expert in plan.experts:
             self._targets.setdefault(layer, []).append(expert)
@@ -83,9 +86,20 @@ class Overlay(nn.Module):
             taken: list[
                 tuple[Tensor, Tensor, Tensor]
             ] = []  # (tokens, scores, choices) between router and block
-            site.router.register_forward_pre_hook(self._swap_router(site))
-            site.router.register_forward_hook(self._take_rows(site, taken))
-            site.block.register_forward_hook(self._add_rows(site, taken))
+            self._hooked.append(site)
+            self._hooks += [
+                site.router.register_forward_pre_hook(self._swap_router(site)),
+                site.router.register_forward_hook(self._take_rows(site, taken)),
+                site.block.register_forward_hook(self._add_rows(site, taken)),
+            ]
+
+    def detach(self) -> None:
+        """Leave the model as it was before `attach`."""
+        for hook in self._hooks:
+            hook.remove()
+        for site in self._hooked:
+            site.gate.__dict__.pop("weight", None)  # a pass that was given up half way leaves it behind
+        self._hooks, self._hooked = [], []
 
     def trained(self) -> list[nn.Parameter]:
         """What the optimizer sees."""
@@ -168,5 +182,4 @@ class Overlay(nn.Module):
 
 def _copy_expert(model: MoEModel, layer: int, expert: int) -> ExpertOverlay:
     gate, up, down = (model.view(model.family.expert_tensor(layer, expert, part)) for part in PARTS)
-    experts: Any = model.sites[layer].block.get_submodule("experts")
-    return ExpertOverlay(gate, up, down, experts.act_fn)
+    return ExpertOverlay(gate, up, down, model.activation)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from seuf_ray.families import Scoring
+from seuf_ray.artifacts import UnlearningPlan
+from seuf_ray.families import Scoring, Shape
 
 Counts = tuple[float, float, float]  # num_tokens, num_sequences, num_routed, as in Forward
 
@@ -195,6 +196,12 @@ class Targets:
     routers: tuple[int, ...]
     moe_layers: tuple[int, ...]
     scoring: Scoring
+
+    @classmethod
+    def of(cls, plan: UnlearningPlan, shape: Shape) -> Targets:
+        """Of a model of this shape."""
+        layers = sorted({layer for layer, _ in plan.experts}) or list(shape.moe_layers)
+        return cls(tuple(plan.experts), tuple(layers), shape.moe_layers, shape.scoring)
 
     @property
     def layers_from_first(self) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ import random
 
 import numpy as np
 
-from seuf_ray.artifacts import AttributionReport, Expert, LoRA, Provenance, UnlearningPlan
+from seuf_ray.artifacts import AttributionReport, Expert, LoRA, Provenance, UnlearningPlan, provenance
 from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.config import TargetsConfig
+from seuf_ray.config import JobConfig, TargetsConfig
 from seuf_ray.errors import ConfigError
 from seuf_ray.esft import esft_experts
 from seuf_ray.families import PARTS, Shape
@@ -28,11 +28,18 @@ from seuf_ray.families import PARTS, Shape
 RANKED = ("model", "layer", "same_layer", "random", "explicit")
 
 
+def plan_for(config: JobConfig, report: AttributionReport, checkpoint: Checkpoint) -> UnlearningPlan:
+    """The plan of a job from a report on its model; raises what `choose_targets` raises."""
+    made = provenance(config.seed, attribution=report.fingerprint, model=report.model.fingerprint)
+    trains = config.anchor.name != "frozen"
+    return choose_targets(report, config.targets, checkpoint, made, train_routers=trains)
+
+
 def choose_targets(
     report: AttributionReport,
     targets: TargetsConfig,
     checkpoint: Checkpoint,
-    provenance: Provenance,
+    made: Provenance,
     *,
     train_routers: bool = True,
 ) -> UnlearningPlan:
@@ -47,7 +54,7 @@ def choose_targets(
         raise ConfigError(
             f"targets.scope = {scope!r} trains every router: choose another anchor.name than 'frozen'"
         )
-    experts = _select(report, targets, shape, provenance.seed)
+    experts = _select(report, targets, shape, made.seed)
     layers = sorted({layer for layer, _ in experts}) if experts else list(shape.moe_layers)
     routers = layers if train_routers and scope in (*RANKED, "routers", "full") else []
     names = [family.expert_tensor(layer, e, part) for layer, e in experts for part in PARTS]
@@ -57,7 +64,7 @@ def choose_targets(
     numel = _adapters(names, checkpoint, lora.rank) if lora else _numel(names, checkpoint)
     return UnlearningPlan(
         model=report.model,
-        provenance=provenance,
+        provenance=made,
         scope=scope,
         top_m=targets.top_m,
         experts=experts,

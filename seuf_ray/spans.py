@@ -104,11 +104,26 @@ class ConstantCache:
         self.max_bytes, self.spill, self.agree = max_bytes, spill, agree
         self.used = self.hits = self.misses = 0
         self._memory: dict[Hashable, dict[str, Tensor]] = {}
+        self._sizes: dict[Hashable, int] = {}  # of those in memory
         self._files: dict[Hashable, Path] = {}
+        self._written = 0
+        self._stale: dict[
+            Hashable, None
+        ] = {}  # in memory, and not asked for in this generation; oldest first
+
+    def renew(self) -> None:
+        """Another trial begins: what it does not ask for gives way to what it computes.
+
+        Within a trial what came first stays: batches come again in turn, so making room for each would keep none.
+        """
+        for key in [key for key in self._files if key in self._stale]:
+            self._files.pop(key).unlink(missing_ok=True)
+        self._stale = dict.fromkeys([*self._memory, *self._files])
 
     def get(self, key: Hashable, device: torch.device) -> dict[str, Tensor] | None:
         """What `put` stored under `key`, on `device`."""
         found = self._memory.get(key)
+        self._stale.pop(key, None)
         if found is None and key in self._files:
             found = load_file(self._files[key])
         self.hits += found is not None
@@ -118,15 +133,29 @@ class ConstantCache:
     def put(self, key: Hashable, tensors: dict[str, Tensor]) -> None:
         """Keep `tensors` if there is room for them."""
         size = self.agree(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
+        self._make_room(size)
         if self.used + size <= self.max_bytes:
             self.used += size
+            self._sizes[key] = size
             self._memory[key] = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         elif self.spill is not None:
             self._write(key, tensors)
 
+    def _make_room(self, size: int) -> None:
+        """Forget what earlier trials left, oldest first, as far as `size` needs it; nothing where it is not enough."""
+        old = [key for key in self._stale if key in self._memory]
+        if self.used + size - sum(self._sizes[key] for key in old) > self.max_bytes:
+            return
+        for key in old:
+            if self.used + size <= self.max_bytes:
+                return
+            self.used -= self._sizes.pop(key)
+            del self._memory[key], self._stale[key]
+
     def _write(self, key: Hashable, tensors: dict[str, Tensor]) -> None:
         assert self.spill is not None
         self.spill.mkdir(parents=True, exist_ok=True)
-        path = self.spill / f"{len(self._files)}.safetensors"
+        path = self.spill / f"{self._written}.safetensors"
+        self._written += 1
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
         self._files[key] = path

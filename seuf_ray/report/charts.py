@@ -50,7 +50,7 @@ class Axes:
 
 
 @dataclass(frozen=True)
-class _Frame:
+class Frame:
     """Data coordinates -> picture coordinates."""
 
     x: tuple[float, float]
@@ -101,15 +101,15 @@ def line_chart(lines: Sequence[Line], axes: Axes) -> str:
         return '<p class="note">nothing was recorded</p>'
     xs = [x for line in drawn for x, _ in line.finite] + [x for x, _ in axes.x_guides]
     ys = [y for line in drawn for _, y in line.finite] + [y for y, _ in axes.y_guides]
-    frame = _Frame(_padded(xs, 0), axes.y_range or _padded(ys, 0.06), axes)
+    frame = Frame(padded(xs, 0), axes.y_range or padded(ys, 0.06), axes)
     many = sum(len(line.finite) for line in drawn) > _MANY_POINTS
-    body = [*_grid(frame), *_guides(frame)]
+    body = [*grid_lines(frame), *guide_lines(frame)]
     body += [mark for line in drawn for mark in _curve(frame, line, many)]
     style = "min-width:580px" if axes.width > 580 else ""  # scrolls on a phone rather than shrinks
-    return _svg(axes.width, axes.height, body, axes.y_label or "chart", style)
+    return picture(axes.width, axes.height, body, axes.y_label or "chart", style)
 
 
-def _curve(frame: _Frame, line: Line, many: bool) -> Iterable[str]:
+def _curve(frame: Frame, line: Line, many: bool) -> Iterable[str]:
     places = [frame.at(x, y) for x, y in line.finite]
     path = " ".join(f"{x},{y}" for x, y in places)
     kind = "curve" + " bold" * line.bold + " dashed" * line.dashed
@@ -124,7 +124,7 @@ def _curve(frame: _Frame, line: Line, many: bool) -> Iterable[str]:
         yield f'<circle class="{kind}" cx="{left}" cy="{top}" r="{radius}" style="fill:{line.colour}">{title}</circle>'
 
 
-def _grid(frame: _Frame) -> Iterable[str]:
+def grid_lines(frame: Frame) -> Iterable[str]:
     """Horizontal lines, tick labels and the names of the axes."""
     axes, (left, bottom) = frame.axes, frame.at(frame.x[0], frame.y[0])
     right = axes.width - frame.right
@@ -141,7 +141,7 @@ def _grid(frame: _Frame) -> Iterable[str]:
         yield f'<text x="4" y="{axes.height - 4}">↑ {escape(axes.y_label)}</text>'
 
 
-def _guides(frame: _Frame) -> Iterable[str]:
+def guide_lines(frame: Frame) -> Iterable[str]:
     for value, word in frame.axes.y_guides:
         (left, y), right = frame.at(frame.x[0], value), frame.axes.width - frame.right
         yield f'<line class="guide" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
@@ -161,7 +161,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     return [round(index * step, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _padded(values: Sequence[float], share: float) -> tuple[float, float]:
+def padded(values: Sequence[float], share: float) -> tuple[float, float]:
     low, high = min(values), max(values)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-9):  # one value: give it room
         room = abs(low) * 0.1 or 1.0
@@ -192,7 +192,7 @@ def heat_map(
             title = f"<title>target: layer {layer}, expert {expert}</title>"
             body.append(f'<rect class="target" rx="2" {box} pointer-events="none">{title}</rect>')
     width, height = math.ceil(44 + columns * across), math.ceil(28 + len(rows) * down)
-    return _svg(
+    return picture(
         width, height, body, f"{name} of every expert", f"min-width:{min(width, 620)}px;max-width:{width}px"
     )
 
@@ -236,10 +236,10 @@ def track(before: float, after: float, mark: float | None) -> str:
         body.append(f'<line class="tick" x1="{x:g}" x2="{x:g}" y1="2" y2="18"><title>chance</title></line>')
     body.append(f'<circle class="start" cx="{start:.1f}" cy="10" r="5"/>')
     body.append(f'<circle class="dot" cx="{end:.1f}" cy="10" r="6"/>')
-    return _svg(160, 20, body, f"from {before:.3f} to {after:.3f}", "max-width:220px")
+    return picture(160, 20, body, f"from {before:.3f} to {after:.3f}", "max-width:220px")
 
 
-def _svg(width: int, height: int, body: Iterable[str], label: str, style: str = "") -> str:
+def picture(width: int, height: int, body: Iterable[str], label: str, style: str = "") -> str:
     attribute = f' style="{style}"' if style else ""
     head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}"{attribute}>'
     return f"{head}{''.join(body)}</svg>"

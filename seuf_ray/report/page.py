@@ -54,7 +54,7 @@ def write_report(
             [attribution, plan, before, after, *([comparison] if comparison else [])], attribution, job
         ),
     ]
-    artifacts.write_text(path, markup.page(_title(attribution), _style(), "\n".join(filter(None, parts))))
+    artifacts.write_text(path, markup.page(_title(attribution), style(), "\n".join(filter(None, parts))))
     return path
 
 
@@ -63,16 +63,16 @@ def write_attribution_page(path: Path, attribution: AttributionReport) -> Path:
     facts = [("model", attribution.model.name), ("family", attribution.model.model_type)]
     facts += [("score", attribution.score), ("seed", str(attribution.provenance.seed))]
     parts = [
-        _masthead("Attribution report", f"What carries {', '.join(attribution.data.sources[:3])}", facts),
+        masthead("Attribution report", f"What carries {', '.join(attribution.data.sources[:3])}", facts),
         _warnings(attribution.warnings),
         experts.section(attribution),
         _provenance([attribution], attribution, None),
     ]
-    artifacts.write_text(path, markup.page(_title(attribution), _style(), "\n".join(filter(None, parts))))
+    artifacts.write_text(path, markup.page(_title(attribution), style(), "\n".join(filter(None, parts))))
     return path
 
 
-def _style() -> str:
+def style() -> str:
     return Path(__file__).with_name("page.css").read_text(encoding="utf-8") + charts.heat_css()
 
 
@@ -91,10 +91,10 @@ def _header(attribution: AttributionReport, plan: UnlearningPlan, job: Mapping[s
     facts = [("model", attribution.model.name), ("family", attribution.model.model_type)]
     facts += [(kind, _plugin(job[kind])) for kind in ("algorithm", "anchor") if kind in job]
     facts += [("targets", f"{plan.scope}, top {plan.top_m}"), ("seed", str(plan.provenance.seed))]
-    return _masthead("Unlearning report", _title(attribution), facts)
+    return masthead("Unlearning report", _title(attribution), facts)
 
 
-def _masthead(kind: str, title: str, facts: Sequence[tuple[str, str]]) -> str:
+def masthead(kind: str, title: str, facts: Sequence[tuple[str, str]]) -> str:
     return f'<header><p class="eyebrow">{kind}</p><h1>{escape(title)}</h1>{markup.chips(facts)}</header>'
 
 

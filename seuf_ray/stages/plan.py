@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from seuf_ray.artifacts import AttributionReport, UnlearningPlan, provenance
+from seuf_ray.artifacts import AttributionReport, UnlearningPlan
 from seuf_ray.job import ATTRIBUTION, PLAN, Job, read_input
-from seuf_ray.selection import choose_targets
+from seuf_ray.selection import plan_for
 from seuf_ray.unlearning import reads_of
 
 
@@ -20,9 +20,7 @@ def plan(job: Job, report: AttributionReport | None = None, *, write: bool = Tru
         found = read_input(job, UnlearningPlan, PLAN, config.inputs.plan)
     else:
         report = report or read_input(job, AttributionReport, ATTRIBUTION, config.inputs.attribution)
-        made = provenance(config.seed, attribution=report.fingerprint, model=job.identity.fingerprint)
-        trains = config.anchor.name != "frozen"
-        found = choose_targets(report, config.targets, job.checkpoint, made, train_routers=trains)
+        found = plan_for(config, report, job.checkpoint)
     reads_of(
         [config.algorithm, config.anchor], job.targets(found)
     )  # what workers would refuse is refused here

@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import ray
@@ -74,9 +74,14 @@ def _settings(job: Job, plan: UnlearningPlan) -> Settings:
     }
 
 
-def make_task(job: Job) -> Task:
-    """Training rows, and the small evaluation's questions and probes: evenly spread over each source."""
+def make_task(job: Job, sets: Collection[str] | None = None) -> Task:
+    """Training rows, and the small evaluation's questions and probes: evenly spread over each source.
+
+    Args:
+        sets: that losses will read; default: those of the job's own algorithm.
+    """
     most = job.config.training.max_questions
+    read = unlearning.sets_of(unlearning.passes_of(job.config.algorithm)) if sets is None else sets
     return Task(
         forget=job.forget.rows,
         retain=job.retain.rows,
@@ -91,7 +96,7 @@ def make_task(job: Job) -> Task:
             for name, rows in (("forget", job.forget.rows), ("retain", job.retain.rows))
         },
         pad_id=job.pad_id,
-        idk=job.idk if "idk" in unlearning.sets_of(unlearning.passes_of(job.config.algorithm)) else [],
+        idk=job.idk if "idk" in read else [],
     )
 
 

@@ -1,0 +1,191 @@
+"""Everything a job file may say.
+
+One dotted path (`algorithm.beta`) is the TOML key, the command-line override and the search key. Unknown keys and
+wrong values are refused with that path, what is allowed and a did-you-mean, before torch or Ray is started.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from seuf_ray import plugins
+from seuf_ray.config.machine import ClusterConfig, EngineConfig, InputsConfig, TelemetryConfig
+from seuf_ray.config.method import (
+    AttributionConfig,
+    DataConfig,
+    EvaluationConfig,
+    GuardsConfig,
+    ModelConfig,
+    TargetsConfig,
+    TrainingConfig,
+    Variant,
+)
+from seuf_ray.config.search import SearchConfig
+from seuf_ray.config.section import DEFAULT_PLUGINS, LABEL, Algorithm, Anchor, Section
+from seuf_ray.errors import ConfigError, did_you_mean
+
+__all__ = [
+    "AttributionConfig",
+    "ClusterConfig",
+    "DataConfig",
+    "EngineConfig",
+    "EvaluationConfig",
+    "GuardsConfig",
+    "InputsConfig",
+    "JobConfig",
+    "ModelConfig",
+    "SearchConfig",
+    "TargetsConfig",
+    "TelemetryConfig",
+    "TrainingConfig",
+    "Variant",
+    "derive",
+    "load",
+    "override",
+    "validate",
+]
+
+
+class JobConfig(Section):
+    name: str = Field("this job", pattern=LABEL, description="label of this job in tables and reports")
+    output_dir: Path = Field(description="where every artifact of this job goes")
+    seed: int = Field(0, ge=0, description="the only source of randomness")
+    resume: bool = Field(False, description="continue a run of the same config in output_dir")
+    overwrite: bool = Field(False, description="replace the run that output_dir holds")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    attribution: AttributionConfig = AttributionConfig()
+    targets: TargetsConfig = TargetsConfig()
+    algorithm: Algorithm = Field(
+        "ga", validate_default=True, description="unlearning loss and its hyper-parameters"
+    )
+    anchor: Anchor = Field("kl", validate_default=True, description="router anchor and its hyper-parameters")
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    engine: EngineConfig = EngineConfig()
+    guards: GuardsConfig = GuardsConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    inputs: InputsConfig = InputsConfig()
+    compare: list[Variant] = Field([], description="further variants that the pipeline trains for its tables")
+    search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _one_way_to_continue(self) -> JobConfig:
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other")
+        return self
+
+    @property
+    def forget_questions(self) -> list[str]:
+        return self.evaluation.forget or self.data.forget
+
+    @property
+    def utility_questions(self) -> list[str]:
+        from seuf_ray.embedded import DOMAINS  # the only default that knows the embedded data
+
+        return self.evaluation.utility or [
+            f"embedded:{d}" for d in DOMAINS if f"embedded:{d}" not in self.data.forget
+        ]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job file at `path` with `dotted.path=value` overrides on top.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, a key is unknown, or a value is not allowed.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such job file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from error
+    return validate(override(values, overrides))
+
+
+def validate(values: dict[str, Any]) -> JobConfig:
+    """`values` (nested, as TOML gives them) as a JobConfig; raises ConfigError with one line per mistake."""
+    try:
+        return JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(values, error))) from None
+
+
+def derive(config: JobConfig, overrides: Sequence[str]) -> JobConfig:
+    """`config` with dotted overrides; what `compare` and a search trial do."""
+    return validate(override(config.model_dump(mode="json"), overrides))
+
+
+def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with each `dotted.path=value` set; a plug-in whose name changes drops its old hyper-parameters."""
+    for item in overrides:
+        path, separator, text = item.partition("=")
+        if not separator or not re.fullmatch(r"\w+(\.\w+)*", path):
+            raise ConfigError(
+                f"override {item!r}: expected dotted.path=value, as in training.learning_rate=1e-3"
+            )
+        *parents, key = path.split(".")
+        value = _toml_value(text)
+        if path in ("algorithm.name", "anchor.name") and _plugin_name(values, parents[0]) != value:
+            values = {**values, parents[0]: {}}  # another plug-in: its hyper-parameters are other ones
+        values = _set(values, parents, key, value)
+    return values
+
+
+def _plugin_name(values: dict[str, Any], section: str) -> str:
+    value = values.get(section, {})
+    return str(value.get("name", DEFAULT_PLUGINS[section]) if isinstance(value, dict) else value)
+
+
+def _set(values: dict[str, Any], parents: list[str], key: str, value: Any) -> dict[str, Any]:
+    if parents:
+        child = values.get(parents[0], {})
+        child = {"name": child} if isinstance(child, str) else child
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {'.'.join([*parents, key])}: {parents[0]} is a value, not a table")
+        return {**values, parents[0]: _set(child, parents[1:], key, value)}
+    return {**values, key: value}
+
+
+def _toml_value(text: str) -> Any:
+    if text == "null":  # TOML has no such value; "none" is an anchor
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(values: dict[str, Any], error: ValidationError) -> list[str]:
+    """One line per mistake: dotted path, what is wrong, what is allowed."""
+    lines: list[str] = []
+    for item in error.errors():
+        loc = item["loc"]
+        where = ".".join(str(part) for part in loc)
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{where}: unknown key; {did_you_mean(str(loc[-1]), _fields_at(values, loc[:-1]))}")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
+            lines.append(f"{where}: {message}{got}".removeprefix(": "))
+    return lines
+
+
+def _fields_at(values: dict[str, Any], loc: Sequence[Any]) -> list[str]:
+    """The keys that the table at `loc` may have."""
+    if loc and loc[0] in ("algorithm", "anchor"):
+        return list(plugins.find(f"{loc[0]}s", _plugin_name(values, str(loc[0]))).model_fields)
+    model: type[BaseModel] = JobConfig
+    for part in loc:
+        if not isinstance(part, int):
+            annotation = model.model_fields[part].annotation
+            found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
+            model = next((a for a in found if issubclass(a, BaseModel)), model)
+    return list(model.model_fields)

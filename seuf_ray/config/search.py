@@ -1,0 +1,63 @@
+"""What jobs/search.py tries, what it is after, and how it looks for it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from seuf_ray.config.section import Section
+
+
+class SearchConfig(Section):
+    space: dict[str, Any] = Field(
+        {},
+        description="dotted path -> {choice = [...]}, {grid = [...]}, {uniform = [low, high]}, "
+        '{loguniform = [low, high]} or {randint = [low, high]}; and when = {"algorithm.name" = "rmu"} where '
+        "only some trials have it",
+    )
+    num_trials: int = Field(
+        32,
+        ge=1,
+        description="trials; random: for each point of what is a grid; grid: a search has as many as points",
+    )
+    searcher: Literal["grid", "random", "optuna", "nsga2"] = Field(
+        "random", description="optuna: its TPE, for one objective or several; nsga2: optuna's, for several"
+    )
+    scheduler: Literal["none", "asha"] = Field(
+        "none",
+        description="asha: a trial ends early where most of the trials before it were better at that step",
+    )
+    eta: int = Field(
+        3, ge=2, description="asha goes on with the best 1 / eta, at steps that are eta times apart"
+    )
+    grace_steps: int = Field(10, ge=1, description="steps that asha lets every trial take")
+    objective: Literal["utility", "forget", "pareto"] = Field(
+        "utility",
+        description="highest utility with forget accuracy of at most max_forget; lowest forget accuracy with "
+        "utility of at least min_utility; or all that nothing beats in forget accuracy, utility and routing "
+        "drift together",
+    )
+    max_forget: float = Field(0.3, ge=0, le=1, description="of objective = utility")
+    min_utility: float = Field(0.95, ge=0, le=1, description="of objective = forget")
+    max_concurrent: int = Field(
+        2,
+        ge=1,
+        description="trials at once, where the cluster has room; a suggestion knows all results but those of the last "
+        "2 x this, so it is part of what makes a search repeatable",
+    )
+
+    @model_validator(mode="after")
+    def _one_objective_where_it_takes_one(self) -> SearchConfig:
+        if self.objective == "pareto" and self.scheduler == "asha":
+            raise ValueError("search.scheduler = 'asha' orders trials by one objective, 'pareto' has several")
+        if self.searcher == "nsga2" and self.objective != "pareto":
+            raise ValueError(
+                "search.searcher = 'nsga2' is for search.objective = 'pareto'; allowed here: 'optuna'"
+            )
+        return self
+
+    @property
+    def lag(self) -> int:
+        """How many trials before it a trial knows nothing of."""
+        return 2 * self.max_concurrent

@@ -1,0 +1,237 @@
+"""The search on real Ray: workers reused and killed, trials that diverge, drivers killed, room for everything."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from test_pipeline import make_config
+from tiny import PROVENANCE
+
+from seuf_ray import patch
+from seuf_ray.artifacts import AttributionReport, DataSummary, LayerScores, SearchReport, TrialRecord
+from seuf_ray.checkpoint import Checkpoint, resolve
+from seuf_ray.config import JobConfig
+from seuf_ray.errors import ConfigError
+from seuf_ray.job import claim, read_input
+from seuf_ray.model import MoEModel
+from seuf_ray.report import write_search_page
+from seuf_ray.resident import Resident
+from seuf_ray.schedule import Trial
+from seuf_ray.searching import SEARCHED, finish_search, prepare_search
+from seuf_ray.stages.search import base_of, concurrent, search
+
+pytestmark = pytest.mark.timeout(300)
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = {"steps": 4, "evaluate_every": 2, "max_questions": 8, "batch_size": 8}
+SPACE = {
+    "targets.top_m": {"choice": [1, 2]},
+    "training.learning_rate": {"loguniform": [1e-3, 2e-2]},
+    "anchor.weight": {"uniform": [0.0, 2.0]},
+}
+
+
+def config_for(
+    folder: Path, space: dict[str, Any], cluster: dict[str, Any] | None = None, **more: Any
+) -> JobConfig:
+    values = {"training": TRAINING, "search": {"space": space, "max_concurrent": 2, **more}}
+    return make_config(folder, **values, cluster={"cpus_per_worker": 1, "max_failures": 1, **(cluster or {})})
+
+
+def comparable(trials: list[TrialRecord]) -> list[dict[str, Any]]:
+    return [trial.model_dump(exclude={"seconds", "worker"}) for trial in trials]
+
+
+@pytest.fixture(scope="module")
+def report_file(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
+    """Expert e of layer l has 32 l + e + 1 parts of every score: nothing here depends on who is a target."""
+    checkpoint = Checkpoint(resolve("embedded:specialised"))
+    parts = {layer: [32.0 * layer + e + 1 for e in range(32)] for layer in checkpoint.shape.moe_layers}
+    report = AttributionReport(
+        model=checkpoint.identity("embedded:specialised"),
+        provenance=PROVENANCE,
+        score="affinity",
+        num_experts=32,
+        top_k=2,
+        data=DataSummary(sources=["x"], num_texts=1, num_rows=1, num_tokens=1),
+        digest="0" * 64,
+        layers=[
+            LayerScores(layer=layer, affinity=row, router_score=row, token_share=row)
+            for layer, row in parts.items()
+        ],
+        warnings=[],
+    )
+    return report.write(tmp_path_factory.mktemp("report") / "attribution.json")
+
+
+def run(config: JobConfig, report_file: Path) -> tuple[list[TrialRecord], SearchReport]:
+    job = prepare_search(config)
+    claim(config, *SEARCHED)
+    report = read_input(job, AttributionReport, "attribution.json", report_file)
+    trials = search(job, report)
+    return trials, finish_search(job, report, trials)
+
+
+def test_a_search_reuses_its_workers_and_leaves_everything(report_file: Path, tmp_path: Path) -> None:
+    """Five trials on two bases; the best patch is the trial's own, bit for bit, run alone on a model of its own."""
+    config = config_for(tmp_path / "out", SPACE, num_trials=5, searcher="optuna", max_forget=1.0)
+    trials, found = run(config, report_file)
+    assert [trial.number for trial in trials] == list(range(5))
+    assert {trial.status for trial in trials} == {"finished"}
+    assert len({trial.worker for trial in trials}) <= 2
+    assert found == SearchReport.read(tmp_path / "out" / "search.json")
+    rows = pq.read_table(tmp_path / "out" / "search.parquet").to_pylist()
+    assert [row["training.learning_rate"] for row in rows] == [
+        t.assignment["training.learning_rate"] for t in trials
+    ]
+    with (tmp_path / "out" / "search.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 5
+    assert len(list((tmp_path / "out" / "tensorboard").glob("*/events*"))) == 5
+    assert found.best is not None
+    assert [p.stem for p in (tmp_path / "out" / "trials").glob("*.safetensors")] == [f"{found.best:04d}"]
+    manifest, tensors = patch.read(tmp_path / "out" / "patch")
+    assert manifest.fingerprint == found.patches[found.best]
+    expected = alone(config, report_file, trials[found.best])
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name].to(tensors[name].dtype)) for name in tensors)
+    page = write_search_page(tmp_path / "page.html", found).read_text()
+    assert (
+        f"Trial {found.best} is the best of 5" in page and 'class="front"' in page and "thread bold" in page
+    )
+
+
+def alone(config: JobConfig, report_file: Path, record: TrialRecord) -> dict[str, torch.Tensor]:
+    """The trial's tensors from a base that nobody used before."""
+    job = prepare_search(config)
+    base = base_of(job, read_input(job, AttributionReport, "attribution.json", report_file))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        resident = Resident(base, MoEModel(job.checkpoint))
+        *_, last = resident.run(Trial(record.number, record.assignment, {}))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+    assert last.record is not None and last.record.figures == record.figures
+    return last.tensors
+
+
+@pytest.mark.chaos
+def test_trials_that_diverge_or_lose_their_worker_do_not_end_the_search(
+    report_file: Path, tmp_path: Path
+) -> None:
+    """Rate 1e30 diverges; one kills its worker once and is run again; one kills every worker and is given up."""
+    space = {
+        "algorithm.name": {"grid": ["ga", "faulty.killed", "faulty.endless"]},
+        "training.learning_rate": {"grid": [1e-3, 1e30], "when": {"algorithm.name": "ga"}},
+        "targets.scope": {"grid": ["full"], "when": {"algorithm.name": "ga"}},
+        "algorithm.marker": {"grid": [str(tmp_path / "killed")], "when": {"algorithm.name": "faulty.killed"}},
+        "algorithm.at_call": {"grid": [3], "when": {"algorithm.name": "faulty.killed"}},
+    }
+    trials, found = run(config_for(tmp_path / "out", space, searcher="grid"), report_file)
+    by_name = {
+        (t.assignment["algorithm.name"], t.assignment.get("training.learning_rate")): t for t in trials
+    }
+    assert by_name["ga", 1e-3].status == "finished"
+    assert by_name["ga", 1e30].status == "diverged" and "non-finite" in by_name["ga", 1e30].why
+    assert by_name["faulty.killed", None].status == "finished" and (tmp_path / "killed").exists()
+    assert by_name["faulty.endless", None].status == "failed" and by_name["faulty.endless", None].why
+    assert found.best is not None and found.scores[by_name["faulty.endless", None].number] is None
+
+
+def test_workers_that_share_the_experts_are_reused_as_a_group(report_file: Path, tmp_path: Path) -> None:
+    cluster = {"num_workers": 2, "expert_parallel_size": 2, "cpus_per_worker": 0.5}
+    space = {"targets.top_m": {"grid": [1, 2]}}
+    trials, _ = run(
+        config_for(tmp_path / "out", space, cluster, searcher="grid", max_concurrent=1), report_file
+    )
+    assert [trial.status for trial in trials] == ["finished"] * 2, [trial.why for trial in trials]
+    assert len({trial.worker for trial in trials}) == 1
+
+
+def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    bad = {"targets.scope": {"choice": ["layer", "full"]}, "anchor.name": {"choice": ["kl", "onehot"]}}
+    with pytest.raises(ConfigError, match=r"search\.space\.\S+: with .*'full'.*'onehot'.*anchor\.name"):
+        prepare_search(config_for(tmp_path / "out", bad))
+    with pytest.raises(ConfigError, match=r"search\.space\.targets\.top_m.*33"):
+        prepare_search(config_for(tmp_path / "out", {"targets.top_m": {"choice": [1, 4 * 32 + 33]}}))
+    with pytest.raises(ConfigError, match=r"cluster\.zero_stage = 0"):
+        prepare_search(config_for(tmp_path / "out", SPACE, {"zero_stage": 1}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_many_trials_at_once_as_there_is_room_for(ray_session: None) -> None:
+    """The session has 4 CPUs: 4 groups of one, 2 of two, 1 of three, and never none."""
+    room = [
+        make_config(Path("x"), cluster={"num_workers": n, "cpus_per_worker": 1}).cluster for n in (1, 2, 3, 4)
+    ]
+    assert [concurrent(cluster, 9) for cluster in room] == [4, 2, 1, 1]
+    assert concurrent(room[0], 2) == 2
+
+
+def _drive(folder: Path, report_file: Path, *more: str) -> subprocess.Popen[str]:
+    job_file = folder / "job.toml"
+    job_file.write_text(
+        "[data]\nmax_rows = 160\n[attribution]\nunit_rows = 16\n"
+        "[training]\nsteps = 4\nevaluate_every = 2\nmax_questions = 8\nbatch_size = 8\n"
+        "[evaluation]\nmax_questions = 8\nmax_texts = 8\n"
+        "[search]\nnum_trials = 8\nsearcher = 'optuna'\nscheduler = 'asha'\ngrace_steps = 2\nmax_forget = 1.0\n"
+        "[search.space]\n'targets.top_m' = {choice = [1, 2]}\n'anchor.weight' = {uniform = [0.0, 2.0]}\n"
+        "'training.learning_rate' = {loguniform = [1e-3, 2e-2]}\n"
+    )
+    arguments = [f"inputs.attribution={str(report_file)!r}", *more]
+    command = [sys.executable, "jobs/search.py", str(job_file), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_and_ends_with_the_undisturbed_table(
+    report_file: Path, tmp_path: Path
+) -> None:
+    """Two trials at once on a machine of its own Ray; kill -9 once some trials are over, at a moment of chance."""
+    whole = _drive(tmp_path, report_file, f"output_dir={str(tmp_path / 'whole')!r}")
+    said = whole.communicate(timeout=200)[0]
+    assert whole.returncode == 0, said
+    folder = tmp_path / "killed"
+    driver = _drive(tmp_path, report_file, f"output_dir={str(folder)!r}")
+    for _ in range(1200):
+        if len(list((folder / "trials").glob("*.json"))) >= 2:
+            break
+        assert driver.poll() is None, driver.communicate()[0]
+        time.sleep(0.1)
+    time.sleep(random.random())
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")}
+    again = _drive(tmp_path, report_file, f"output_dir={str(folder)!r}", "resume=true")
+    said = again.communicate(timeout=200)[0]
+    assert again.returncode == 0, said
+    assert {
+        path.name: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")
+    }.items() >= before.items()
+    found, expected = (SearchReport.read(at / "search.json") for at in (folder, tmp_path / "whole"))
+    assert comparable(found.trials) == comparable(expected.trials)
+    assert (found.best, found.scores, found.importance) == (
+        expected.best,
+        expected.scores,
+        expected.importance,
+    )
+    ours, theirs = (patch.read(at / "patch")[1] for at in (folder, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert json.loads((folder / "job.json").read_text())["config"]["search"]["num_trials"] == 8
