@@ -51,7 +51,8 @@ class GradientWatch:
         self.names = list(parameters)
         self._bad: dict[int, Tensor] = {}
         self._hooks = [
-            parameter.register_hook(self._look(at)) for at, parameter in enumerate(parameters.values())
+            parameter.register_hook(self._look(at))  # type: ignore[no-untyped-call]
+            for at, parameter in enumerate(parameters.values())
         ]
 
     def _look(self, at: int) -> Callable[[Tensor], None]:

@@ -255,6 +255,7 @@ class LocalEngine:
         self.optimizer.zero_grad()  # of a step that was given up half way
 
     def detach(self) -> None:
+        self.watch.remove()  # parameters of the model itself outlive this engine
         self.trainable.detach()
 
 
