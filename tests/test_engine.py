@@ -144,6 +144,34 @@ def test_the_trained_overlay_is_the_merged_checkpoint_in_plain_transformers(
     assert (trained.logps - before.logps)[trained.mask].abs().max() > 0.1  # it did train
 
 
+LARGER = {  # what larger members of a family have and the tiny ones here do not
+    "DeepSeek-V2": (
+        "deepseek_v2",
+        {"topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1, "q_lora_rank": 16},
+    ),
+    "DeepSeek-V3": (
+        "deepseek_v3",
+        {"n_group": 4, "topk_group": 2, "q_lora_rank": 16, "first_k_dense_replace": 1},
+    ),
+    "tied embeddings": ("qwen2_moe", {"tie_word_embeddings": True}),
+    "normalised gates": ("qwen2_moe", {"norm_topk_prob": True}),
+}
+
+
+@pytest.mark.timeout(300)
+def test_larger_members_of_a_family_train_the_same_on_one_and_two_processes_and_merge(tmp_path: Path) -> None:
+    cluster = {"num_workers": 2, "expert_parallel_size": 2}
+    cases = [
+        Case(save_tiny(tmp_path / name, family, **changes), torch.float32)
+        for name, (family, changes) in LARGER.items()
+    ]
+    ranks = run(each, 2, train_rank, [(str(case.folder), EXPERTS, cluster) for case in cases])
+    for case, *found in zip(cases, *ranks, strict=True):
+        _check_two_processes(case.folder, found)
+        test_taps_are_the_routers_own_logits_and_choices(case)
+        test_the_trained_overlay_is_the_merged_checkpoint_in_plain_transformers(case, case.folder)
+
+
 def test_only_the_plans_tensors_train_and_carry_state(case: Case) -> None:
     """Weight decay of 0.5 would move every frozen tensor it could reach."""
     engine = case.engine(EXPERTS, weight_decay=0.5)

@@ -68,14 +68,14 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(family: str) -> PreTrainedConfig:
-    """The configuration of the tiny model of `family` (a `model_type`)."""
-    return AutoConfig.for_model(family, **_COMMON, **_FAMILIES[family])
+def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
+    """The configuration of the tiny model of `family` (a `model_type`), with `changes`."""
+    return AutoConfig.for_model(family, **{**_COMMON, **_FAMILIES[family], **changes})
 
 
-def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A tiny causal LM whose values depend on `family` and `seed` only."""
-    model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager")
+def tiny_model(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A tiny causal LM whose values depend on `family`, `seed` and what `changes` in its configuration only."""
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict().items()):
@@ -111,7 +111,10 @@ def save_tiny(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     max_shard_size: str = "50KB",
+    **changes: Any,
 ) -> Path:
     """Save the tiny model of `family` under hub names, in several shards; returns `folder`."""
-    tiny_model(family, dtype=dtype, seed=seed).save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_model(family, dtype=dtype, seed=seed, **changes).save_pretrained(
+        folder, max_shard_size=max_shard_size
+    )
     return folder
