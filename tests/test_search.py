@@ -45,8 +45,11 @@ SPACE = {
 def config_for(
     folder: Path, space: dict[str, Any], cluster: dict[str, Any] | None = None, **more: Any
 ) -> JobConfig:
-    values = {"training": TRAINING, "search": {"space": space, "max_concurrent": 2, **more}}
-    return make_config(folder, **values, cluster={"cpus_per_worker": 1, "max_failures": 1, **(cluster or {})})
+    search = {"space": space, "max_concurrent": 2, **more.pop("search", {})}
+    more = {"training": TRAINING, "evaluation": {"max_questions": 8, "max_texts": 8}, **more}
+    return make_config(
+        folder, **more, search=search, cluster={"cpus_per_worker": 1, "max_failures": 1, **(cluster or {})}
+    )
 
 
 def comparable(trials: list[TrialRecord]) -> list[dict[str, Any]]:
@@ -85,7 +88,9 @@ def run(config: JobConfig, report_file: Path) -> tuple[list[TrialRecord], Search
 
 def test_a_search_reuses_its_workers_and_leaves_everything(report_file: Path, tmp_path: Path) -> None:
     """Five trials on two bases; the best patch is the trial's own, bit for bit, run alone on a model of its own."""
-    config = config_for(tmp_path / "out", SPACE, num_trials=5, searcher="optuna", max_forget=1.0)
+    config = config_for(
+        tmp_path / "out", SPACE, search={"num_trials": 5, "searcher": "optuna", "max_forget": 1.0}
+    )
     trials, found = run(config, report_file)
     assert [trial.number for trial in trials] == list(range(5))
     assert {trial.status for trial in trials} == {"finished"}
@@ -140,7 +145,7 @@ def test_trials_that_diverge_or_lose_their_worker_do_not_end_the_search(
         "algorithm.marker": {"grid": [str(tmp_path / "killed")], "when": {"algorithm.name": "faulty.killed"}},
         "algorithm.at_call": {"grid": [3], "when": {"algorithm.name": "faulty.killed"}},
     }
-    trials, found = run(config_for(tmp_path / "out", space, searcher="grid"), report_file)
+    trials, found = run(config_for(tmp_path / "out", space, search={"searcher": "grid"}), report_file)
     by_name = {
         (t.assignment["algorithm.name"], t.assignment.get("training.learning_rate")): t for t in trials
     }
@@ -155,7 +160,8 @@ def test_workers_that_share_the_experts_are_reused_as_a_group(report_file: Path,
     cluster = {"num_workers": 2, "expert_parallel_size": 2, "cpus_per_worker": 0.5}
     space = {"targets.top_m": {"grid": [1, 2]}}
     trials, _ = run(
-        config_for(tmp_path / "out", space, cluster, searcher="grid", max_concurrent=1), report_file
+        config_for(tmp_path / "out", space, cluster, search={"searcher": "grid", "max_concurrent": 1}),
+        report_file,
     )
     assert [trial.status for trial in trials] == ["finished"] * 2, [trial.why for trial in trials]
     assert len({trial.worker for trial in trials}) == 1
@@ -163,7 +169,7 @@ def test_workers_that_share_the_experts_are_reused_as_a_group(report_file: Path,
 
 def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     bad = {"targets.scope": {"choice": ["layer", "full"]}, "anchor.name": {"choice": ["kl", "onehot"]}}
-    with pytest.raises(ConfigError, match=r"search\.space\.\S+: with .*'full'.*'onehot'.*anchor\.name"):
+    with pytest.raises(ConfigError, match=r"search\.space\.\S+: with .*'onehot'.*'full'.*anchor\.name"):
         prepare_search(config_for(tmp_path / "out", bad))
     with pytest.raises(ConfigError, match=r"search\.space\.targets\.top_m.*33"):
         prepare_search(config_for(tmp_path / "out", {"targets.top_m": {"choice": [1, 4 * 32 + 33]}}))
@@ -181,22 +187,28 @@ def test_as_many_trials_at_once_as_there_is_room_for(ray_session: None) -> None:
     assert concurrent(room[0], 2) == 2
 
 
-def _drive(folder: Path, report_file: Path, *more: str) -> subprocess.Popen[str]:
-    job_file = folder / "job.toml"
-    job_file.write_text(
-        "[data]\nmax_rows = 160\n[attribution]\nunit_rows = 16\n"
-        "[training]\nsteps = 4\nevaluate_every = 2\nmax_questions = 8\nbatch_size = 8\n"
-        "[evaluation]\nmax_questions = 8\nmax_texts = 8\n"
-        "[search]\nnum_trials = 8\nsearcher = 'optuna'\nscheduler = 'asha'\ngrace_steps = 2\nmax_forget = 1.0\n"
-        "[search.space]\n'targets.top_m' = {choice = [1, 2]}\n'anchor.weight' = {uniform = [0.0, 2.0]}\n"
-        "'training.learning_rate' = {loguniform = [1e-3, 2e-2]}\n"
+def _drive(config: JobConfig, folder: Path, *more: str) -> subprocess.Popen[str]:
+    """jobs/search.py on a Ray of its own; a job file of JSON values, which are TOML's too where they are flat."""
+    values = config.model_dump(
+        mode="json", include={"data", "training", "evaluation", "cluster"}, exclude_unset=True
     )
-    arguments = [f"inputs.attribution={str(report_file)!r}", *more]
-    command = [sys.executable, "jobs/search.py", str(job_file), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    tables = [f"[{name}]\n" + _lines(table) for name, table in values.items()]
+    search = config.search.model_dump(exclude={"space"}, exclude_unset=True)
+    space = "\n".join(f'"{path}" = {{{_pairs(v)}}}' for path, v in config.search.space.items())
+    folder.mkdir(exist_ok=True)
+    job_file = folder.with_suffix(".toml")
+    job_file.write_text("\n".join([*tables, "[search]", _lines(search), "[search.space]", space]))
+    given = [f"inputs.attribution={str(config.inputs.attribution)!r}", f"output_dir={str(folder)!r}", *more]
+    command = [sys.executable, "jobs/search.py", str(job_file), *given]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _lines(table: dict[str, Any]) -> str:
+    return "\n".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
+
+
+def _pairs(table: dict[str, Any]) -> str:
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in table.items())
 
 
 @pytest.mark.chaos
@@ -204,12 +216,12 @@ def _drive(folder: Path, report_file: Path, *more: str) -> subprocess.Popen[str]
 def test_a_killed_driver_goes_on_and_ends_with_the_undisturbed_table(
     report_file: Path, tmp_path: Path
 ) -> None:
-    """Two trials at once on a machine of its own Ray; kill -9 once some trials are over, at a moment of chance."""
-    whole = _drive(tmp_path, report_file, f"output_dir={str(tmp_path / 'whole')!r}")
-    said = whole.communicate(timeout=200)[0]
-    assert whole.returncode == 0, said
+    """Two trials at once; kill -9 when some are over, at a moment of chance; nothing that was over is run again."""
+    asked = {"num_trials": 8, "searcher": "optuna", "scheduler": "asha", "grace_steps": 2, "max_forget": 1.0}
+    config = config_for(tmp_path / "whole", SPACE, inputs={"attribution": str(report_file)}, search=asked)
+    trials, expected = run(config, report_file)
     folder = tmp_path / "killed"
-    driver = _drive(tmp_path, report_file, f"output_dir={str(folder)!r}")
+    driver = _drive(config, folder)
     for _ in range(1200):
         if len(list((folder / "trials").glob("*.json"))) >= 2:
             break
@@ -219,14 +231,14 @@ def test_a_killed_driver_goes_on_and_ends_with_the_undisturbed_table(
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")}
-    again = _drive(tmp_path, report_file, f"output_dir={str(folder)!r}", "resume=true")
+    again = _drive(config, folder, "resume=true")
     said = again.communicate(timeout=200)[0]
     assert again.returncode == 0, said
     assert {
         path.name: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")
     }.items() >= before.items()
-    found, expected = (SearchReport.read(at / "search.json") for at in (folder, tmp_path / "whole"))
-    assert comparable(found.trials) == comparable(expected.trials)
+    found = SearchReport.read(folder / "search.json")
+    assert comparable(found.trials) == comparable(trials)
     assert (found.best, found.scores, found.importance) == (
         expected.best,
         expected.scores,

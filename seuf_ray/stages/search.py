@@ -33,6 +33,7 @@ Listener = Callable[[TrialRecord, Sequence[TrialRecord], int], None]  # what end
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # it prints its own tables, whatever verbose says
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # and so is the state
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "600",
 }

@@ -23,7 +23,7 @@ import ray
 import torch
 import torch.distributed as dist
 from ray import tune
-from ray.util import placement_group as groups
+from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import save_file
 
@@ -120,7 +120,7 @@ class _or_leave:
 
 def _peer(cluster: ClusterConfig, rank: int) -> Any:
     """An actor in the bundle of this rank of the trial's own placement group."""
-    group = groups.get_current_placement_group()
+    group = get_current_placement_group()
     place = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank)
     options = {"num_cpus": cluster.cpus_per_worker, "num_gpus": cluster.gpus_per_worker}
     return ray.remote(Peer).options(scheduling_strategy=place, max_concurrency=1, **options).remote(rank)
