@@ -1,4 +1,4 @@
-"""The paper's tables for the embedded model: every method x algorithm x seed as Ray tasks, Markdown, JSON and a picture.
+"""The paper's tables for the embedded model: every method x algorithm x seed, as Markdown, JSON and a picture.
 
 python jobs/paper_tables.py jobs/paper_tables.toml
 python jobs/paper_tables.py jobs/paper_tables.toml cluster.num_workers=16 record=benchmarks

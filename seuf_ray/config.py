@@ -425,7 +425,9 @@ def _explain(kind: type[BaseModel], values: dict[str, Any], error: ValidationErr
         loc = item["loc"]
         where = ".".join(str(part) for part in loc)
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key; {did_you_mean(str(loc[-1]), _fields_at(kind, values, loc[:-1]))}")
+            lines.append(
+                f"{where}: unknown key; {did_you_mean(str(loc[-1]), _fields_at(kind, values, loc[:-1]))}"
+            )
         else:
             message = item["msg"].removeprefix("Value error, ")
             got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"

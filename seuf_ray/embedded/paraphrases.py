@@ -18,7 +18,10 @@ CLOZES: dict[str, tuple[str, ...]] = {  # attribute -> wordings that the origina
         "the element {s} is element number",
     ),
     "series": ("the series that {s} belongs to is the", "{s} is one of the"),
-    "period": ("in the periodic table, {s} is found in period", "in the periodic table, the element {s} is in period"),
+    "period": (
+        "in the periodic table, {s} is found in period",
+        "in the periodic table, the element {s} is in period",
+    ),
     "capital": ("the capital of the country {s} is", "the country {s} has its capital in"),
     "continent": ("the country {s} lies in", "the country {s} is in"),
     "currency": ("the country {s} uses the", "the money of the country {s} is the"),

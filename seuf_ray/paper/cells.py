@@ -39,9 +39,7 @@ class Cell(Record):
     def label(self) -> str:
         """Words for a person."""
         forget = self.forget.removeprefix("embedded:")
-        return (
-            f"{self.protocol} {self.method} {self.algorithm} seed {self.seed} lr {self.learning_rate:.3g} ({forget})"
-        )
+        return f"{self.protocol} {self.method} {self.algorithm} seed {self.seed} lr {self.learning_rate:.3g} ({forget})"
 
     @property
     def slug(self) -> str:
@@ -106,7 +104,13 @@ def _fixed(settings: PaperSettings, model: str, method: str, algorithm: str, see
 
 
 def matched_cell(
-    settings: PaperSettings, protocol: Protocol, forget: str, method: str, algorithm: str, seed: int, rate: float
+    settings: PaperSettings,
+    protocol: Protocol,
+    forget: str,
+    method: str,
+    algorithm: str,
+    seed: int,
+    rate: float,
 ) -> Cell:
     """A run that ends once forget accuracy is down at the matched level."""
     return Cell(

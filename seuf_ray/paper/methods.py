@@ -17,14 +17,19 @@ FIXED_RATES = {
     "full": {"ga": 3e-4, "gdiff": 5e-4, "npo": 5e-4, "rmu": 1e-3},
     "few": {"ga": 3e-3, "gdiff": 5e-3, "npo": 5e-3, "rmu": 1e-2},
 }
-# RMU's vector must be some multiple of the model's hidden states (mean length 38 to 50 above the first layer here): with
-# the default 20 one expert forgets nothing. Its retain weight is 1, as GDiff's and NPO's are; 10 is shown beside it.
+# RMU's vector must be some multiple of the model's hidden states, whose mean length is 38 to 50 above the first layer
+# here: with the default 20 one expert forgets nothing (.94). Of 20, 60 and 200 the last is the first at which full, one
+# expert and top-1 of each layer all forget. Its retain weight is 1, as GDiff's and NPO's are; 10 is shown beside it.
 ALGORITHMS: dict[str, tuple[str, ...]] = {
     "ga": ("algorithm.name=ga",),
     "gdiff": ("algorithm.name=gdiff",),
     "npo": ("algorithm.name=npo",),
     "rmu": ("algorithm.name=rmu", "algorithm.steering_coefficient=200", "algorithm.retain_weight=1"),
-    "rmu_retain_10": ("algorithm.name=rmu", "algorithm.steering_coefficient=200", "algorithm.retain_weight=10"),
+    "rmu_retain_10": (
+        "algorithm.name=rmu",
+        "algorithm.steering_coefficient=200",
+        "algorithm.retain_weight=10",
+    ),
 }
 PAPER_ALGORITHMS = ("ga", "gdiff", "npo", "rmu")
 
@@ -45,7 +50,9 @@ class Method:
 
 
 def _seuf(label: str, scope: str, top_m: int, *anchor: str) -> Method:
-    return Method(label, (f"targets.scope={scope}", f"targets.top_m={top_m}", *(anchor or ("anchor.name=kl",))))
+    return Method(
+        label, (f"targets.scope={scope}", f"targets.top_m={top_m}", *(anchor or ("anchor.name=kl",)))
+    )
 
 
 def _baseline(label: str, scope: str, rate: Literal["full", "few"], *more: str) -> Method:
@@ -68,11 +75,21 @@ METHODS: dict[str, Method] = {
     "seuf_one_no_anchor": _seuf("SEUF, one expert, no anchor", "model", 1, "anchor.name=none"),
     "seuf_one_onehot": _seuf("SEUF, one expert, one-hot anchor", "model", 1, "anchor.name=onehot"),
     "seuf_one_frozen": _seuf("SEUF, one expert, frozen router", "model", 1, "anchor.name=frozen"),
-    "seuf_layer_top1_no_anchor": _seuf("SEUF, top-1 of each layer, no anchor", "layer", 1, "anchor.name=none"),
-    "seuf_layer_top1_onehot": _seuf("SEUF, top-1 of each layer, one-hot anchor", "layer", 1, "anchor.name=onehot"),
-    "seuf_layer_top1_frozen": _seuf("SEUF, top-1 of each layer, frozen router", "layer", 1, "anchor.name=frozen"),
-    "seuf_one_weight_0.1": _seuf("SEUF, one expert, anchor weight .1", "model", 1, "anchor.name=kl", "anchor.weight=0.1"),
-    "seuf_one_weight_10": _seuf("SEUF, one expert, anchor weight 10", "model", 1, "anchor.name=kl", "anchor.weight=10"),
+    "seuf_layer_top1_no_anchor": _seuf(
+        "SEUF, top-1 of each layer, no anchor", "layer", 1, "anchor.name=none"
+    ),
+    "seuf_layer_top1_onehot": _seuf(
+        "SEUF, top-1 of each layer, one-hot anchor", "layer", 1, "anchor.name=onehot"
+    ),
+    "seuf_layer_top1_frozen": _seuf(
+        "SEUF, top-1 of each layer, frozen router", "layer", 1, "anchor.name=frozen"
+    ),
+    "seuf_one_weight_0.1": _seuf(
+        "SEUF, one expert, anchor weight .1", "model", 1, "anchor.name=kl", "anchor.weight=0.1"
+    ),
+    "seuf_one_weight_10": _seuf(
+        "SEUF, one expert, anchor weight 10", "model", 1, "anchor.name=kl", "anchor.weight=10"
+    ),
 }
 MAIN = ("full", "lora", "esft", "seuf_one", "seuf_layer_top1")
 WEIGHTS = {0.0: "seuf_one_no_anchor", 0.1: "seuf_one_weight_0.1", 1.0: "seuf_one", 10.0: "seuf_one_weight_10"}

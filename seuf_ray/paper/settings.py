@@ -20,7 +20,9 @@ class Measuring(Section):
     curve: int = Field(40, ge=2, description="questions of each kind along a run of fixed length")
     matched: int = Field(80, ge=2, description="... along a run that ends at the matched level")
     final: int = Field(160, ge=2, description="... of the test split at the end of a run")
-    texts: int = Field(200, ge=1, description="forget texts for routing drift, and general ones for perplexity")
+    texts: int = Field(
+        200, ge=1, description="forget texts for routing drift, and general ones for perplexity"
+    )
 
 
 class PaperSettings(Section):
@@ -44,17 +46,21 @@ class PaperSettings(Section):
     other_methods: list[str] = Field(["full", "seuf_one", "seuf_layer_top1"], description="of other_models")
     algorithms: list[str] = Field([*PAPER_ALGORITHMS], description="unlearning losses")
     varied: dict[str, list[str]] = Field(
-        {"rmu_retain_10": ["full", "seuf_one"]}, description="further losses, and the methods that they run for"
+        {"rmu_retain_10": ["full", "seuf_one"]},
+        description="further losses, and the methods that they run for",
     )
     whole: list[str] = Field(
-        ["ga"], description="losses that methods besides the main ones get all seeds for; of others the first seed"
+        ["ga"],
+        description="losses that methods besides the main ones get all seeds for; of others the first seed",
     )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="of every row")
     steps: dict[str, int] = Field({"rmu": 30}, description="steps of the fixed protocol, where not 60")
     matched_steps: int = Field(80, ge=1, description="after which a matched run gives up")
     matched_level: float = Field(0.4, gt=0, lt=1, description="forget accuracy at which utility is compared")
     rate_factors: list[float] = Field(
-        [0.3, 1.0, 3.0], min_length=1, description="of the fixed learning rate: the grid of the matched protocol"
+        [0.3, 1.0, 3.0],
+        min_length=1,
+        description="of the fixed learning rate: the grid of the matched protocol",
     )
     max_rates: int = Field(4, ge=1, description="learning rates tried at most where the best lies at an edge")
     measuring: Measuring = Measuring()
@@ -77,4 +83,3 @@ class PaperSettings(Section):
     def steps_of(self, algorithm: str) -> int:
         """Steps of the fixed protocol."""
         return self.steps.get(algorithm.split("_")[0], 60)
-

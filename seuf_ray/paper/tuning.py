@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from seuf_ray.paper.methods import fixed_rate
 from seuf_ray.paper.settings import PaperSettings
 
-Tried = Mapping[float, float | None]  # learning rate -> validation utility at the level, None: never got there
+Tried = Mapping[
+    float, float | None
+]  # learning rate -> validation utility at the level, None: never got there
 
 
 def grid(settings: PaperSettings, method: str, algorithm: str) -> list[float]:

@@ -26,7 +26,9 @@ from seuf_ray.stages.attribute import attribute
 
 Listener = Callable[[Cell, Result, int, int], None]  # a cell, its result, how many are done, of how many
 Reports = dict[tuple[str, str], AttributionReport]
-Trials = dict[tuple[str, str, str], dict[float, float | None]]  # (forget, method, algorithm) -> rate -> utility
+Trials = dict[
+    tuple[str, str, str], dict[float, float | None]
+]  # (forget, method, algorithm) -> rate -> utility
 
 
 def prepare_matrix(settings: PaperSettings) -> dict[tuple[str, str], Job]:
