@@ -84,9 +84,9 @@ def _about(rows: Sequence[Row], settings: PaperSettings) -> str:
         "order of the texts, LoRA's first values, the random expert and RMU's vector); "
         f"{len(rows)} rows. *Fixed*: learning rates and steps are given, nothing is tuned, no early stop. *Matched*: a "
         f"learning rate of {len(settings.rate_factors)} to {settings.max_rates}, chosen with the first seed on "
-        "validation questions and reported on test questions. Every second question is a test question; asked are, of the forget "
-        f"set and of the other domains together, at most {asked.final} each at the end of a run, {asked.curve} each on "
-        f"the way, {asked.matched} each where matched. Chance is .25. Mean ± standard deviation over seeds."
+        "validation questions and reported on test questions. Every second question is a test question; of the forget "
+        f"set, and of the other domains together, at most {asked.final} are asked at the end of a run, {asked.curve} "
+        f"on the way, {asked.matched} where matched. Chance is .25. Mean ± standard deviation over seeds."
     )
 
 
