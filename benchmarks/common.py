@@ -8,21 +8,18 @@ process's CPU time, which does not see other jobs on shared cores and is therefo
 from __future__ import annotations
 
 import json
-import os
-import platform
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from seuf_ray.recording import machine, write_section
+
 RESULTS = Path(__file__).with_name("RESULTS.md")
-PACKAGES = ("torch", "transformers", "peft", "deepspeed", "ray", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -87,16 +84,7 @@ def publish(section: str, command: str, figures: Sequence[Figure], about: str, r
     for figure in figures:
         print(figure.json(), flush=True)
     if record:
-        _write(section, _section(section, command, figures, about))
-
-
-def _write(section: str, text: str) -> None:
-    """Put the section in place of its last recording, or at the end."""
-    old = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Recorded figures\n"
-    block = f"<!-- {section} -->\n{text}\n<!-- /{section} -->"
-    pattern = re.compile(rf"<!-- {section} -->.*?<!-- /{section} -->", re.DOTALL)
-    new = pattern.sub(lambda _: block, old) if pattern.search(old) else f"{old.rstrip()}\n\n{block}\n"
-    RESULTS.write_text(new, encoding="utf-8")
+        write_section(RESULTS, section, _section(section, command, figures, about))
 
 
 def _section(section: str, command: str, figures: Sequence[Figure], about: str) -> str:
@@ -106,31 +94,6 @@ def _section(section: str, command: str, figures: Sequence[Figure], about: str) 
     ]
     head = ["| figure | ours | theirs | ratio | unit | what it says |", "|---|---|---|---|---|---|"]
     return "\n".join([f"## {section}", "", f"`{command}`", "", machine(), "", about, "", *head, *rows])
-
-
-def machine() -> str:
-    """Processor, memory and packages: enough to judge figures by, nothing that names a host."""
-    load = os.getloadavg()[0]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ", ".join(f"{name} {found}" for name in PACKAGES if (found := _version(name)))
-    device = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return (
-        f"{_processor()}, {os.cpu_count()} cores, {memory:.0f} GiB{device}; load average {load:.1f} at the end; "
-        f"Python {platform.python_version()}, {packages}."
-    )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _round(value: float | None) -> float | None:

@@ -218,8 +218,8 @@ def main() -> None:
             large = rates("large", str(folder), Path(out) / "large", given)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
     about = (
-        f"The large model: qwen2_moe with {given.layers} layers, random weights, {size:.2f} GiB in float32, in the page "
-        f"cache. Trials of 2 steps with 4 rows; 1 CPU; the faster of {given.turns} turns each."
+        f"The large model: qwen2_moe with {given.layers} layers, random weights, {size:.2f} GiB in float32, in the "
+        f"page cache. Trials of 2 steps with 4 rows; 1 CPU; the faster of {given.turns} turns each."
     )
     command = " ".join(["python benchmarks/search.py", *sys.argv[1:]])
     common.publish("search", command, [small, large, *figures], about, given.record)

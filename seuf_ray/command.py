@@ -15,7 +15,7 @@ from typing import get_args
 
 from pydantic import BaseModel
 
-from seuf_ray.config import JobConfig, load
+from seuf_ray.config import JobConfig, S, load_as
 from seuf_ray.errors import ConfigError, MismatchError
 
 
@@ -26,10 +26,15 @@ def command(description: str | None, argv: list[str] | None = None) -> JobConfig
         description: the script's docstring, shown by `--help`.
         argv: arguments; default: the process's own.
     """
+    return command_as(JobConfig, description, argv)
+
+
+def command_as(kind: type[S], description: str | None, argv: list[str] | None = None) -> S:
+    """The same for a job whose file says something else."""
     sys.excepthook = _say
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="keys of the job file, each also an override:\n\n" + "\n".join(_keys(JobConfig)),
+        epilog="keys of the job file, each also an override:\n\n" + "\n".join(_keys(kind)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE.toml", help="the job file")
@@ -37,7 +42,7 @@ def command(description: str | None, argv: list[str] | None = None) -> JobConfig
         "overrides", nargs="*", metavar="dotted.path=value", help="e.g. training.learning_rate=1e-3"
     )
     arguments = parser.parse_args(argv)
-    return load(arguments.file, arguments.overrides)
+    return load_as(kind, arguments.file, arguments.overrides)
 
 
 def pair_after(flag: str, argv: list[str] | None = None) -> tuple[Path, Path] | None:

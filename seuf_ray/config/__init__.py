@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -41,6 +41,7 @@ __all__ = [
     "JobConfig",
     "ModelConfig",
     "SearchConfig",
+    "Section",
     "TargetsConfig",
     "TelemetryConfig",
     "TrainingConfig",
@@ -95,8 +96,16 @@ class JobConfig(Section):
         ]
 
 
+S = TypeVar("S", bound=Section)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job file at `path` with `dotted.path=value` overrides on top.
+    """The job file at `path` with `dotted.path=value` overrides on top; raises what `load_as` does."""
+    return load_as(JobConfig, path, overrides)
+
+
+def load_as(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
+    """The file at `path` with `dotted.path=value` overrides on top, as `kind` has it.
 
     Raises:
         ConfigError: the file is missing or no TOML, a key is unknown, or a value is not allowed.
@@ -107,15 +116,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
         raise ConfigError(f"{path}: no such job file") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
-    return validate(override(values, overrides))
+    return validate_as(kind, override(values, overrides))
 
 
 def validate(values: dict[str, Any]) -> JobConfig:
     """`values` (nested, as TOML gives them) as a JobConfig; raises ConfigError with one line per mistake."""
+    return validate_as(JobConfig, values)
+
+
+def validate_as(kind: type[S], values: dict[str, Any]) -> S:
+    """`values` as `kind`; raises ConfigError with one line per mistake."""
     try:
-        return JobConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(values, error))) from None
+        raise ConfigError("\n".join(_explain(kind, values, error))) from None
 
 
 def derive(config: JobConfig, overrides: Sequence[str]) -> JobConfig:
@@ -163,14 +177,16 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _explain(values: dict[str, Any], error: ValidationError) -> list[str]:
+def _explain(kind: type[BaseModel], values: dict[str, Any], error: ValidationError) -> list[str]:
     """One line per mistake: dotted path, what is wrong, what is allowed."""
     lines: list[str] = []
     for item in error.errors():
         loc = item["loc"]
         where = ".".join(str(part) for part in loc)
         if item["type"] == "extra_forbidden":
-            lines.append(f"{where}: unknown key; {did_you_mean(str(loc[-1]), _fields_at(values, loc[:-1]))}")
+            lines.append(
+                f"{where}: unknown key; {did_you_mean(str(loc[-1]), _fields_at(kind, values, loc[:-1]))}"
+            )
         else:
             message = item["msg"].removeprefix("Value error, ")
             got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
@@ -178,11 +194,10 @@ def _explain(values: dict[str, Any], error: ValidationError) -> list[str]:
     return lines
 
 
-def _fields_at(values: dict[str, Any], loc: Sequence[Any]) -> list[str]:
+def _fields_at(model: type[BaseModel], values: dict[str, Any], loc: Sequence[Any]) -> list[str]:
     """The keys that the table at `loc` may have."""
     if loc and loc[0] in ("algorithm", "anchor"):
         return list(plugins.find(f"{loc[0]}s", _plugin_name(values, str(loc[0]))).model_fields)
-    model: type[BaseModel] = JobConfig
     for part in loc:
         if not isinstance(part, int):
             annotation = model.model_fields[part].annotation

@@ -1,0 +1,128 @@
+"""What the job leaves: `paper_tables.json`, `paper_tables.md`, `paper_tables.svg`, and its section of RESULTS.md."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+
+from seuf_ray.artifacts import provenance, write_text
+from seuf_ray.paper.cells import Cell, Result
+from seuf_ray.paper.claims import claims
+from seuf_ray.paper.picture import picture
+from seuf_ray.paper.settings import PaperSettings
+from seuf_ray.paper.tables import Row, all_tables, select
+from seuf_ray.recording import machine, write_section
+
+NAME = "paper_tables"
+SHOWN = ("full", "lora", "esft", "random", "seuf_one", "seuf_layer_top1")
+
+
+def show_cell(cell: Cell, result: Result, done: int, total: int) -> None:
+    """One line for a cell that is done."""
+    row = result["row"]
+    ends = f"forget {row['forget']:.3f}  utility {row['utility']:.3f}" if "forget" in row else ""
+    level = row["utility_at_level"]
+    at = "" if level is None else f"  utility at the level {level:.3f}"
+    print(f"  {done:3d}/{total}  {cell.label}: {ends}{at}  ({result['seconds']:.0f} s)", flush=True)
+
+
+def rows_of(results: Sequence[Result]) -> list[Row]:
+    """One flat row for each result, with what the attacks found."""
+    return [
+        {**result["row"], **({"robustness": result["robustness"]} if "robustness" in result else {})}
+        for result in results
+    ]
+
+
+def publish(settings: PaperSettings, results: Sequence[Result]) -> str:
+    """Write everything that `settings` asks for; returns the Markdown."""
+    rows = rows_of(results)
+    text, document, chart = (
+        report(rows, settings),
+        _document(rows, results, settings),
+        _chart(results, settings),
+    )
+    write_text(settings.output_dir / f"{NAME}.md", text + "\n")
+    places = [settings.output_dir] + ([settings.record / "results"] if settings.record else [])
+    for place in places:
+        write_text(place / f"{NAME}.json", document)
+        write_text(place / f"{NAME}.svg", chart)
+    if settings.record is not None:
+        write_section(settings.record / "RESULTS.md", NAME, text)
+    return text
+
+
+def report(rows: Sequence[Row], settings: PaperSettings) -> str:
+    """The section: how it was made, the claims, the tables."""
+    found = claims(rows, settings)
+    held = sum(claim.held for claim in found)
+    parts = [
+        f"## {NAME}",
+        f"`{command()}`",
+        machine(("torch", "transformers", "peft", "ray")),
+        _about(rows, settings),
+        f"### What reproduced, and what did not: {held} of {len(found)} claims held",
+        "\n".join(claim.line() for claim in found),
+        *all_tables(rows, settings),
+        f"Along training (fixed; mean and standard deviation over seeds): [{NAME}.svg](results/{NAME}.svg)",
+    ]
+    return "\n\n".join(parts)
+
+
+def command() -> str:
+    """As it was given, without what names a folder of this machine."""
+    given = [word for word in sys.argv[1:] if not word.startswith("output_dir=")]
+    return " ".join(["python jobs/paper_tables.py", *given])
+
+
+def _about(rows: Sequence[Row], settings: PaperSettings) -> str:
+    asked, seeds = settings.measuring, ", ".join(map(str, settings.seeds))
+    matched = ", ".join(settings.matched_forget) or "none"
+    return (
+        f"{settings.model}; forget set {settings.forget}, where matched {matched}; seeds {seeds} (a seed changes the "
+        "order of the texts, LoRA's first values, the random expert and RMU's vector); "
+        f"{len(rows)} rows. *Fixed*: learning rates and steps are given, nothing is tuned, no early stop. *Matched*: a "
+        f"learning rate of {len(settings.rate_factors)} to {settings.max_rates}, chosen with the first seed on "
+        "validation questions and reported on test questions. Every second question is a test question; of the forget "
+        f"set, and of the other domains together, at most {asked.final} are asked at the end of a run, {asked.curve} "
+        f"on the way, {asked.matched} where matched. Chance is .25. Mean ± standard deviation over seeds."
+    )
+
+
+def _document(rows: Sequence[Row], results: Sequence[Result], settings: PaperSettings) -> str:
+    made = provenance(settings.seeds[0])
+    about = {
+        "command": command(),
+        "seeds": settings.seeds,
+        "machine": machine(("torch", "transformers", "peft", "ray")),
+        "packages": made.packages,
+        "settings": settings.model_dump(mode="json", exclude={"output_dir", "record"}),
+    }
+    curves = [
+        {
+            key: result["row"][key]
+            for key in ("model", "forget_set", "method", "algorithm", "seed", "protocol")
+        }
+        | {
+            "curve": [
+                [p["step"], round(p["forget_accuracy"], 4), round(p["utility"], 4)] for p in result["curve"]
+            ]
+        }
+        for result in results
+        if result["curve"] and result["row"]["protocol"] != "tune"
+    ]
+    lists = {"rows": [_rounded(row) for row in rows], "curves": curves}
+    lines = {key: "[\n" + ",\n".join(map(json.dumps, items)) + "\n]" for key, items in lists.items()}
+    head = json.dumps(about, indent=1)[:-2]
+    return head + "".join(f',\n "{key}": {text}' for key, text in lines.items()) + "\n}\n"
+
+
+def _rounded(row: Row) -> Row:
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+
+
+def _chart(results: Sequence[Result], settings: PaperSettings) -> str:
+    fixed = [r for r in results if select([r["row"]], protocol="fixed", model=settings.model)]
+    methods = [name for name in SHOWN if any(r["row"]["method"] == name for r in fixed)]
+    return picture(fixed, methods, settings.algorithms, settings.matched_level)
