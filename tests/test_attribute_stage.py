@@ -78,17 +78,22 @@ def test_seven_parquet_shards_on_two_actors(expected: AttributionReport, tmp_pat
     assert {"attribution.json", "attribution.parquet", "attribution.html"} <= written
 
 
-def test_the_streamed_engine_gives_the_same_bits(expected: AttributionReport, tmp_path: Path) -> None:
+def test_the_streamed_engine_agrees(expected: AttributionReport, tmp_path: Path) -> None:
+    """Choices to the last one. Its lone task has more threads, which may round matrix products otherwise."""
     config = config_of(tmp_path / "out", lines(tmp_path / "data", 3), engine="streamed", hidden_bytes=10**6)
     report = attribute(Job(config))
-    assert same(report, expected) and report.engine.startswith("streamed")
+    assert report.engine == "streamed" and report.data.num_tokens == expected.data.num_tokens
+    for found, row in zip(report.layers, expected.layers, strict=True):
+        assert found.token_share == row.token_share
+        assert found.affinity == pytest.approx(row.affinity, abs=1e-6)
+        assert found.router_score == pytest.approx(row.router_score, abs=1e-6)
     assert not (tmp_path / "out" / "cache" / "hidden").exists()
 
 
-def test_auto_says_why(tmp_path: Path, ray_session: None) -> None:
+def test_auto_says_why(tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of(tmp_path / "out", lines(tmp_path / "data", 1), engine="auto", max_tokens=500)
     report = attribute(Job(config))
-    assert report.engine.startswith("actors: an actor needs")
+    assert report.engine == "actors" and "  actors: an actor needs" in capsys.readouterr().out
     assert 500 <= report.data.num_tokens < 500 + 4 * 64
 
 
@@ -143,7 +148,7 @@ def test_what_can_be_told_before_ray_starts(tmp_path: Path) -> None:
 
 def test_a_pool_that_cannot_be_placed_is_refused(tmp_path: Path, ray_session: None) -> None:
     config = config_of(tmp_path / "out", lines(tmp_path / "data", 1), num_actors=90)
-    with pytest.raises(ConfigError, match="90 actors of 0.5 CPU"):
+    with pytest.raises(ConfigError, match="num_actors = 90 with 0.5 CPU each"):
         attribute(Job(config))
 
 
