@@ -195,8 +195,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--trials", type=int, default=6, help="of each contestant in a turn")
-    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--trials", type=int, default=12, help="of each contestant in a turn")
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the large model")
     parser.add_argument("--record", action="store_true", help="write the section of RESULTS.md")
     return parser.parse_args()
@@ -218,8 +218,8 @@ def main() -> None:
             large = rates("large", str(folder), Path(out) / "large", given)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 2**30
     about = (
-        f"The large model: qwen2_moe with {given.layers} layers, random weights, {size:.2f} GiB in float32, in the "
-        f"page cache. Trials of 2 steps with 4 rows; 1 CPU; the faster of {given.turns} turns each."
+        f"The large model: qwen2_moe with {given.layers} layers, random weights, {size:.2f} GiB in float32, in "
+        f"the page cache. Trials of 2 steps with 4 rows; 1 CPU; the faster of {given.turns} turns each."
     )
     command = " ".join(["python benchmarks/search.py", *sys.argv[1:]])
     common.publish("search", command, [small, large, *figures], about, given.record)

@@ -171,8 +171,8 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) ->
     bad = {"targets.scope": {"choice": ["layer", "full"]}, "anchor.name": {"choice": ["kl", "onehot"]}}
     with pytest.raises(ConfigError, match=r"search\.space\.\S+: with .*'onehot'.*'full'.*anchor\.name"):
         prepare_search(config_for(tmp_path / "out", bad))
-    with pytest.raises(ConfigError, match=r"search\.space\.targets\.top_m.*33"):
-        prepare_search(config_for(tmp_path / "out", {"targets.top_m": {"choice": [1, 4 * 32 + 33]}}))
+    with pytest.raises(ConfigError, match=r"search\.space\.targets\.top_m.*only 128 experts"):
+        prepare_search(config_for(tmp_path / "out", {"targets.top_m": {"choice": [1, 129]}}))
     with pytest.raises(ConfigError, match=r"cluster\.zero_stage = 0"):
         prepare_search(config_for(tmp_path / "out", SPACE, {"zero_stage": 1}))
     assert not (tmp_path / "out").exists()
