@@ -103,6 +103,13 @@ def _fixed(settings: PaperSettings, model: str, method: str, algorithm: str, see
     )
 
 
+def planned(settings: PaperSettings) -> dict[str, int]:
+    """How many cells each protocol has, apart from those that only choose a learning rate."""
+    first, rest = fixed_cells(settings)
+    rows = len(settings.matched_forget) * len(settings.matched_methods) * len(settings.algorithms)
+    return {"fixed": len(first) + len(rest), "matched": rows * len(settings.seeds)}
+
+
 def matched_cell(
     settings: PaperSettings,
     protocol: Protocol,
