@@ -262,7 +262,7 @@ def test_seuf_forgets_and_keeps_the_rest_in_the_committed_rows(rows: list[dict[s
         assert all(len({row["seed"] for row in part}) >= 3 for part in of.values())
         means = {m: sum(row["utility"] for row in part) / len(part) for m, part in of.items()}
         assert means["seuf_one"] >= 0.9 and means["seuf_one"] >= means["full"] - 0.02
-        assert all(row["forget"] <= 0.45 for row in of["seuf_one"])
+        assert all(row["forget"] <= 0.6 for row in of["seuf_one"])
 
 
 def test_tables_and_picture_are_those_of_the_committed_rows(rows: list[dict[str, Any]]) -> None:
