@@ -28,9 +28,12 @@ def show_cell(cell: Cell, result: Result, done: int, total: int) -> None:
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """One flat row for each result, with what the attacks found."""
+    """One flat row for each result, to six digits, with what the attacks found."""
     return [
-        {**result["row"], **({"robustness": result["robustness"]} if "robustness" in result else {})}
+        {
+            **_rounded(result["row"]),
+            **({"robustness": result["robustness"]} if "robustness" in result else {}),
+        }
         for result in results
     ]
 
@@ -116,7 +119,7 @@ def _document(rows: Sequence[Row], results: Sequence[Result], settings: PaperSet
         for result in results
         if result["curve"] and result["row"]["protocol"] != "tune"
     ]
-    lists = {"rows": [_rounded(row) for row in rows], "curves": curves}
+    lists: dict[str, Sequence[Row]] = {"rows": rows, "curves": curves}
     lines = {key: "[\n" + ",\n".join(map(json.dumps, items)) + "\n]" for key, items in lists.items()}
     head = json.dumps(about, indent=1)[:-2]
     return head + "".join(f',\n "{key}": {text}' for key, text in lines.items()) + "\n}\n"
