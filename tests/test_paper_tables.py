@@ -228,3 +228,48 @@ def test_a_killed_driver_loses_only_the_cells_under_way(tmp_path: Path) -> None:
         ("original", "ga"), ("seuf_one", "ga"), ("seuf_one", "npo")
     ]  # fmt: skip
     assert len(re.findall(r"^ +\d+/3  ", said, re.MULTILINE)) == 3 - len(done)
+
+
+# --- what the committed results say ---
+
+FIELDS = {
+    "model", "method", "algorithm", "seed", "protocol", "forget", "utility", "perplexity", "overlap", "kl",
+    "trainable_fraction", "learning_rate", "steps",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    document = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return [row for row in document["rows"] if row["protocol"] != "tune"]
+
+
+def test_committed_rows_say_what_tables_need(rows: list[dict[str, Any]]) -> None:
+    assert all(row.keys() >= FIELDS for row in rows)
+    for row in rows:
+        assert all(0 <= row[key] <= 1 for key in ("forget", "utility", "overlap", "trainable_fraction"))
+        assert row["kl"] >= -1e-6
+
+
+def test_seuf_forgets_and_keeps_the_rest_in_the_committed_rows(rows: list[dict[str, Any]]) -> None:
+    """Three seeds of every loss; fixed protocol on the specialised model."""
+    fixed = [row for row in rows if (row["protocol"], row["model"]) == ("fixed", "embedded:specialised")]
+    for algorithm in PAPER_ALGORITHMS:
+        of = {
+            m: [r for r in fixed if (r["method"], r["algorithm"]) == (m, algorithm)]
+            for m in ("full", "seuf_one")
+        }
+        assert all(len({row["seed"] for row in part}) >= 3 for part in of.values())
+        means = {m: sum(row["utility"] for row in part) / len(part) for m, part in of.items()}
+        assert means["seuf_one"] >= 0.9 and means["seuf_one"] >= means["full"] - 0.02
+        assert all(row["forget"] <= 0.6 for row in of["seuf_one"])
+
+
+def test_tables_and_picture_are_those_of_the_committed_rows(rows: list[dict[str, Any]]) -> None:
+    """The section of RESULTS.md has every table that its rows give."""
+    document = json.loads(RESULTS.read_text(encoding="utf-8"))
+    settings = PaperSettings.model_validate({"output_dir": "x", **document["settings"]})
+    text = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    assert all(table in text for table in all_tables(document["rows"], settings))
+    assert all(claim.line() in text for claim in claims(document["rows"], settings))
+    assert RESULTS.with_suffix(".svg").read_text(encoding="utf-8").startswith("<svg")

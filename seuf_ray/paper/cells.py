@@ -88,6 +88,7 @@ def _fixed(settings: PaperSettings, model: str, method: str, algorithm: str, see
     if method == ORIGINAL and (algorithm, seed) != (settings.algorithms[0], settings.seeds[0]):
         return  # nothing is done to it, so once is enough
     is_attacked = (model, seed) == (settings.model, settings.seeds[0]) and algorithm in settings.algorithms
+    attacked = [ORIGINAL, *settings.robustness_methods] if settings.robustness_methods else []
     steps = settings.steps_of(algorithm)
     yield Cell(
         model=model,
@@ -99,8 +100,15 @@ def _fixed(settings: PaperSettings, model: str, method: str, algorithm: str, see
         learning_rate=fixed_rate(method, algorithm),
         steps=steps,
         evaluate_every=max(1, steps // 6),
-        attacked=is_attacked and method in (ORIGINAL, *settings.robustness_methods),
+        attacked=is_attacked and method in attacked,
     )
+
+
+def planned(settings: PaperSettings) -> dict[str, int]:
+    """How many cells each protocol has, apart from those that only choose a learning rate."""
+    first, rest = fixed_cells(settings)
+    rows = len(settings.matched_forget) * len(settings.matched_methods) * len(settings.algorithms)
+    return {"fixed": len(first) + len(rest), "matched": rows * len(settings.seeds)}
 
 
 def matched_cell(

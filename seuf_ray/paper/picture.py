@@ -95,7 +95,8 @@ def _line(curve: Sequence[Bar], colour: str) -> Iterator[str]:
 
 
 def _legend(methods: Sequence[str], y: int) -> Iterator[str]:
+    x = 12
     for number, name in enumerate(methods):
-        x = 12 + number * (2 * WIDTH - 20) / max(len(methods), 1)
         yield f'<rect x="{x:.0f}" y="{y - 8}" width="12" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>'
         yield f'<text x="{x + 17:.0f}" y="{y}">{escape(METHODS[name].label)}</text>'
+        x += 38 + 6 * len(METHODS[name].label)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from seuf_ray.artifacts import provenance, write_text
-from seuf_ray.paper.cells import Cell, Result
+from seuf_ray.paper.cells import Cell, Result, planned
 from seuf_ray.paper.claims import claims
 from seuf_ray.paper.picture import picture
 from seuf_ray.paper.settings import PaperSettings
@@ -28,9 +28,12 @@ def show_cell(cell: Cell, result: Result, done: int, total: int) -> None:
 
 
 def rows_of(results: Sequence[Result]) -> list[Row]:
-    """One flat row for each result, with what the attacks found."""
+    """One flat row for each result, to six digits, with what the attacks found."""
     return [
-        {**result["row"], **({"robustness": result["robustness"]} if "robustness" in result else {})}
+        {
+            **_rounded(result["row"]),
+            **({"robustness": result["robustness"]} if "robustness" in result else {}),
+        }
         for result in results
     ]
 
@@ -79,10 +82,14 @@ def command() -> str:
 def _about(rows: Sequence[Row], settings: PaperSettings) -> str:
     asked, seeds = settings.measuring, ", ".join(map(str, settings.seeds))
     matched = ", ".join(settings.matched_forget) or "none"
+    done = ", ".join(
+        f"{len(select(rows, protocol=name))} of {number} {name} cells"
+        for name, number in planned(settings).items()
+    )
     return (
         f"{settings.model}; forget set {settings.forget}, where matched {matched}; seeds {seeds} (a seed changes the "
         "order of the texts, LoRA's first values, the random expert and RMU's vector); "
-        f"{len(rows)} rows. *Fixed*: learning rates and steps are given, nothing is tuned, no early stop. *Matched*: a "
+        f"{done} are done. *Fixed*: learning rates and steps are given, nothing is tuned, no early stop. *Matched*: a "
         f"learning rate of {len(settings.rate_factors)} to {settings.max_rates}, chosen with the first seed on "
         "validation questions and reported on test questions. Every second question is a test question; of the forget "
         f"set, and of the other domains together, at most {asked.final} are asked at the end of a run, {asked.curve} "
@@ -112,7 +119,7 @@ def _document(rows: Sequence[Row], results: Sequence[Result], settings: PaperSet
         for result in results
         if result["curve"] and result["row"]["protocol"] != "tune"
     ]
-    lists = {"rows": [_rounded(row) for row in rows], "curves": curves}
+    lists: dict[str, Sequence[Row]] = {"rows": rows, "curves": curves}
     lines = {key: "[\n" + ",\n".join(map(json.dumps, items)) + "\n]" for key, items in lists.items()}
     head = json.dumps(about, indent=1)[:-2]
     return head + "".join(f',\n "{key}": {text}' for key, text in lines.items()) + "\n}\n"

@@ -32,6 +32,7 @@ class PaperSettings(Section):
     record: Path | None = Field(
         None, description="folder whose RESULTS.md and results/ are written, too, once all cells are done"
     )
+    only_done: bool = Field(False, description="run nothing: write tables of the cells that are done")
     model: str = Field("embedded:specialised", description="the model of the whole matrix")
     other_models: list[str] = Field(
         ["embedded:unspecialised"], description="models that get other_methods only; no claim is made of them"

@@ -45,7 +45,7 @@ def prepare_matrix(settings: PaperSettings) -> dict[tuple[str, str], Job]:
 def run_matrix(
     settings: PaperSettings, jobs: dict[tuple[str, str], Job], listener: Listener | None = None
 ) -> list[Result]:
-    """All cells of both protocols, those that were done before included, in the matrix's order."""
+    """The results of both protocols, those of cells that were done before included, in the matrix's order."""
     reports: Reports = {}
     for pair, job in jobs.items():
         claim(job.config)
@@ -53,14 +53,17 @@ def run_matrix(
     store = Store(settings.output_dir / "cells", _made_from(settings, jobs, reports))
     runner = Runner(settings, reports, store, listener)
     first, rest = fixed_cells(settings)
-    fixed = runner.run(first)
+    runner.run(first)
     tried = tune(settings, runner)
     chosen = [
         matched_cell(settings, "matched", *row, seed, tuning.best_rate(rates, fixed_rate(row[1], row[2])))
         for row, rates in tried.items()
         for seed in settings.seeds
+        if len(rates) >= len(settings.rate_factors)  # all of them, but for only_done
     ]
-    return fixed + runner.run(chosen) + runner.tuned + runner.run(rest)
+    runner.run(chosen)
+    runner.run(rest)
+    return list(runner.done.values())
 
 
 def tune(settings: PaperSettings, runner: Runner) -> Trials:
@@ -75,10 +78,12 @@ def tune(settings: PaperSettings, runner: Runner) -> Trials:
     wanted = [(row, rate) for row in rows for rate in tuning.grid(settings, row[1], row[2])]
     while wanted:
         cells = [matched_cell(settings, "tune", *row, settings.seeds[0], rate) for row, rate in wanted]
-        results = runner.run(cells)
-        runner.tuned += results
-        for (row, rate), result in zip(wanted, results, strict=True):
-            tried[row][rate] = result["row"]["utility_at_level"]
+        runner.run(cells)
+        for (row, rate), cell in zip(wanted, cells, strict=True):
+            if cell in runner.done:
+                tried[row][rate] = runner.done[cell]["row"]["utility_at_level"]
+        if not any(cell in runner.done for cell in cells):
+            break  # with only_done, what is wanted now was never run
         more = [(row, tuning.next_rate(tried[row], settings.max_rates)) for row in rows]
         wanted = [(row, rate) for row, rate in more if rate is not None]
     return tried
@@ -90,7 +95,7 @@ class Runner:
     Args:
         reports: attribution by (model, forget set).
         store: of results.
-        listener: called on the driver for each cell, also for those that were done before.
+        listener: called on the driver for each cell that it runs.
     """
 
     def __init__(
@@ -98,24 +103,18 @@ class Runner:
     ) -> None:
         self.settings, self.store, self.listener = settings, store, listener
         self.reports = {pair: ray.put(report) for pair, report in reports.items()}
-        self.tuned: list[Result] = []
+        self.done: dict[Cell, Result] = {}
 
-    def run(self, cells: Sequence[Cell]) -> list[Result]:
-        """The results of `cells`, in their order."""
-        found: dict[Cell, Result] = {}
-        waiting: list[Cell] = []
-        for cell in cells:
-            kept = self.store.read(cell)
-            if kept is None:
-                waiting.append(cell)
-            else:
-                found[cell] = kept
+    def run(self, cells: Sequence[Cell]) -> None:
+        """Have `cells` in `done`, in their order; with `only_done` those that are."""
+        found = {cell: kept for cell in cells if (kept := self.store.read(cell)) is not None}
+        waiting = [] if self.settings.only_done else [cell for cell in cells if cell not in found]
         for cell, result in self._results(waiting):
             self.store.write(cell, result)
             found[cell] = result
             if self.listener is not None:
                 self.listener(cell, result, len(found), len(cells))
-        return [found[cell] for cell in cells]
+        self.done |= {cell: found[cell] for cell in cells if cell in found}
 
     def _results(self, waiting: list[Cell]) -> Iterator[tuple[Cell, Result]]:
         """Each result as it comes; what fails names its cell."""
