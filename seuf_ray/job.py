@@ -34,6 +34,7 @@ from seuf_ray.errors import ConfigError
 from seuf_ray.model import load_tokenizer
 from seuf_ray.passes import Targets
 from seuf_ray.quiz import Quiz, make_quiz
+from seuf_ray.selection import explicit_experts
 from seuf_ray.sources import Found
 
 A = TypeVar("A", bound=Artifact)
@@ -51,7 +52,7 @@ MISSING_FOR = {
     "lora": ("onehot", "nullspace"),
     "esft": ("nullspace",),
 }
-ATTRIBUTED = (ATTRIBUTION, "attribution.parquet", "attribution.html")
+ATTRIBUTED = (ATTRIBUTION, "attribution.parquet", "attribution.html", "esft.json")
 EVERYTHING = (*ATTRIBUTED, *TRAINED, BEFORE, AFTER, "comparison.json", "compare", "report.html")
 
 
@@ -215,6 +216,8 @@ def _check_targets(config: JobConfig, checkpoint: Checkpoint) -> None:
     """Top-M is checked against the model before attribution spends any time."""
     shape, scope = checkpoint.shape, config.targets.scope
     most = shape.num_experts * (len(shape.moe_layers) if scope in ("model", "random") else 1)
+    if scope == "explicit":
+        explicit_experts(config.targets, shape)
     if config.anchor.name in MISSING_FOR.get(scope, ()):
         raise ConfigError(
             f"anchor.name = {config.anchor.name!r} is about target experts or routers that train, targets.scope = "

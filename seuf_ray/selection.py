@@ -15,6 +15,7 @@ and the baselines (section 6), plans like any other:
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from seuf_ray.artifacts import AttributionReport, Expert, LoRA, Provenance, Unle
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.config import JobConfig, TargetsConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.esft import esft_experts
+from seuf_ray.esft import esft_experts, read_experts
 from seuf_ray.families import PARTS, Shape
 
 RANKED = ("model", "layer", "same_layer", "random", "explicit")
@@ -123,7 +124,7 @@ def _select(report: AttributionReport, targets: TargetsConfig, shape: Shape, see
     if targets.scope not in RANKED:
         return []
     if targets.scope == "explicit":
-        return [_existing(layer, expert, shape) for layer, expert in sorted(set(targets.experts or []))]
+        return explicit_experts(targets, shape)
     ranked = [expert for _, expert in report.ranked()]
     pools = _pools(ranked, targets.scope, seed)
     smallest = min(len(pool) for pool in pools)
@@ -132,6 +133,17 @@ def _select(report: AttributionReport, targets: TargetsConfig, shape: Shape, see
             f"targets.top_m = {targets.top_m}: scope {targets.scope!r} has only {smallest} experts to choose from"
         )
     return sorted(expert for pool in pools for expert in pool[: targets.top_m])
+
+
+def explicit_experts(targets: TargetsConfig, shape: Shape) -> list[Expert]:
+    """The experts that scope = explicit names, itself or in a file of ESFT's.
+
+    Raises:
+        ConfigError: the model does not have one of them, or the file cannot be read as such.
+    """
+    named = targets.experts or []
+    experts = read_experts(named) if isinstance(named, Path) else named
+    return [_existing(layer, expert, shape) for layer, expert in sorted(set(experts))]
 
 
 def _pools(ranked: list[Expert], scope: str, seed: int) -> list[list[Expert]]:

@@ -75,7 +75,7 @@ def test_seven_parquet_shards_on_two_actors(expected: AttributionReport, tmp_pat
     assert same(report, expected)
     assert report.data.num_texts == 900 and report.retain is not None and report.retain.num_texts == 900
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"attribution.json", "attribution.parquet", "attribution.html"} <= written
+    assert {"attribution.json", "attribution.parquet", "attribution.html", "esft.json"} <= written
 
 
 def test_the_streamed_engine_agrees(expected: AttributionReport, tmp_path: Path) -> None:

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import records
 
+from seuf_ray import embedded
+from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.config import TargetsConfig, validate
 from seuf_ray.errors import ConfigError
 from seuf_ray.esft import esft_experts, read_experts, write_experts
+from seuf_ray.job import Job
+from seuf_ray.selection import explicit_experts
 
 
 def report(*rows: list[float]) -> object:
@@ -57,3 +62,17 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str, words: s
         read_experts(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="no such file"):
         read_experts(tmp_path / "other.json")
+
+
+def test_a_plan_can_take_its_experts_from_such_a_file(tmp_path: Path) -> None:
+    """The key takes pairs or a path; a job with an expert that the model does not have is refused when it is made."""
+    path = write_experts(tmp_path / "config.json", [(3, 5), (1, 2)])
+    shape = Checkpoint(embedded.checkpoint("specialised")).shape
+    targets = TargetsConfig.model_validate({"scope": "explicit", "experts": str(path)})
+    assert explicit_experts(targets, shape) == [(1, 2), (3, 5)]
+    write_experts(path, [(4, 0)])
+    config = validate({"output_dir": str(tmp_path / "out"), "targets": targets.model_dump(mode="json")})
+    with pytest.raises(
+        ConfigError, match=r"targets.experts: \[4, 0\] is not in this model; layers 0-3 have experts 0-31"
+    ):
+        Job(config)

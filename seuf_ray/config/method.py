@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -89,8 +90,9 @@ class TargetsConfig(Section):
         "routed experts, routers or shared experts; lora: adapters on attention and experts",
     )
     top_m: int = Field(1, ge=1, description="M, the number of target experts (per layer for scope = layer)")
-    experts: list[tuple[int, int]] | None = Field(
-        None, description="[[layer, expert], ...] for scope = explicit"
+    experts: list[tuple[int, int]] | Path | None = Field(
+        None,
+        description="for scope = explicit: [[layer, expert], ...], or the path of an ESFT expert configuration",
     )
     share: float = Field(
         0.2,

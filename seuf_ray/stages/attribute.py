@@ -23,6 +23,7 @@ from seuf_ray.attribution import make_report
 from seuf_ray.checkpoint import Checkpoint
 from seuf_ray.console import Meter, show_engine
 from seuf_ray.errors import DataError
+from seuf_ray.esft import esft_experts, write_experts
 from seuf_ray.job import ATTRIBUTION, Job
 from seuf_ray.model import MoEModel
 from seuf_ray.report import write_attribution_page
@@ -43,7 +44,7 @@ Engine = Callable[[Job, ray.data.Dataset, Bootstraps, Ledgers], Totals]
 
 
 def attribute(job: Job) -> AttributionReport:
-    """Score every expert on both sets; writes `attribution.json`, `attribution.parquet` and `attribution.html`.
+    """Score every expert on both sets; writes `attribution.json`, `.parquet`, `.html`, and `esft.json`.
 
     Raises:
         DataError: a source cannot be read, or has too many malformed rows.
@@ -78,6 +79,7 @@ def attribute(job: Job) -> AttributionReport:
     report.write(job.path(ATTRIBUTION))
     write_table(job.path("attribution.parquet"), report)
     write_attribution_page(job.path("attribution.html"), report)
+    write_experts(job.path("esft.json"), esft_experts(report, config.targets.share))
     return report
 
 
