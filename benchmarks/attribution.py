@@ -5,8 +5,9 @@
 
 Actors run as in a job: Ray Data reads, packs and feeds them, and the driver adds up. Clocks run from the first results
 to the last, so starting Ray and loading models is in no figure. The ordinary way is a loop over padded batches of
-transformers' own model with `output_router_logits=True`. One torch thread each; oneDNN off. `--big` adds the streamed
-engine over a checkpoint that is larger than memory, in a process of its own, whose peak is read from the kernel.
+transformers' own model with `output_router_logits=True`. One torch thread each; oneDNN off. `--big` measures the
+streamed engine instead, over a checkpoint that is larger than memory, in a process of its own, whose peak is read from
+the kernel.
 """
 
 from __future__ import annotations
@@ -312,12 +313,11 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=4, help="of the model that actors and loop run")
+    parser.add_argument("--layers", type=int, default=2, help="of the model that actors and loop run")
     parser.add_argument("--actor-tokens", type=int, default=40_000)
-    parser.add_argument("--growth-tokens", type=int, default=30_000, help="and ten times as many")
+    parser.add_argument("--growth-tokens", type=int, default=12_000, help="and ten times as many")
     parser.add_argument("--big", type=Path, help="a folder of big_model.py, for the streamed engine")
     parser.add_argument("--tokens", type=int, default=4000, help="of the streamed engine")
-    parser.add_argument("--figures", nargs="+", choices=["actors", "growth"], default=["actors", "growth"])
     parser.add_argument("--record", action="store_true", help="write the section of RESULTS.md")
     parser.add_argument("--stream", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -330,19 +330,17 @@ def main() -> None:
     if given.stream:
         run_streamed(given.stream, given.tokens)
         return
-    torch.set_num_threads(1)
-    figures: list[Figure] = []
-    with tempfile.TemporaryDirectory(prefix="bench") as name:
-        folder = Path(name)
-        if "actors" in given.figures:
-            figures += actor_figures(folder, given.rounds, given.layers, given.actor_tokens)
-        if "growth" in given.figures:
-            figures += growth_figures(folder, given.rounds, given.growth_tokens)
-    if given.big:
-        figures += streamed_figures(given.big, given.tokens)
     command = " ".join(
         ["python benchmarks/attribution.py", *("FOLDER" if a == str(given.big) else a for a in sys.argv[1:])]
     )
+    if given.big:
+        figures = streamed_figures(given.big, given.tokens)
+        common.publish("attribution.streamed", command, figures, "Written by big_model.py.", given.record)
+        return
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="bench") as folder:
+        figures = actor_figures(Path(folder), given.rounds, given.layers, given.actor_tokens)
+        figures += growth_figures(Path(folder), given.rounds, given.growth_tokens)
     about = (
         f"Actors and loop: qwen2_moe with {given.layers} layers, random weights, float32, {given.actor_tokens:,} "
         f"tokens of embedded facts in rows of 256 (the loop: one text a row); medians of {given.rounds} rounds in turn."
