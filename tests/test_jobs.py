@@ -37,7 +37,9 @@ def test_help_lists_every_key_and_imports_nothing_heavy(job: str) -> None:
     )
     done = run_job("-c", code)
     assert done.returncode == 0, done.stderr
-    own = ("methods", "rate_factors") if job == "paper_tables" else ("training.learning_rate", "targets.scope")
+    own = (
+        ("methods", "rate_factors") if job == "paper_tables" else ("training.learning_rate", "targets.scope")
+    )
     for key in ("output_dir", "cluster.num_workers", *own):
         assert f"  {key}" in done.stdout, key
 
