@@ -244,15 +244,15 @@ def _unshared() -> float:
     return total
 
 
-def streamed_figures(big: Path, tokens: int) -> list[Figure]:
+def streamed_figures(big: Path, tokens: int, dtype: str) -> list[Figure]:
     """The streamed engine over `big`, once: it reads the whole checkpoint."""
     log(f"streamed: {big} ...")
-    command = [sys.executable, __file__, "--stream", str(big), "--tokens", str(tokens)]
+    command = [sys.executable, __file__, "--stream", str(big), "--tokens", str(tokens), "--dtype", dtype]
     found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     size = sum(path.stat().st_size for path in big.glob("*.safetensors")) / 2**30
     says = (
         f"One run over {found['tokens']:,} tokens of a checkpoint of {size:.1f} GiB: {found['seconds']:.0f} s, "
-        f"{found['read'] / 2**30:.1f} GiB read, bfloat16, {found['threads']} threads"
+        f"{found['read'] / 2**30:.1f} GiB read, computed in {dtype} by {found['threads']} threads"
     )
     return [
         Figure(
@@ -269,12 +269,12 @@ def streamed_figures(big: Path, tokens: int) -> list[Figure]:
     ]
 
 
-def run_streamed(folder: Path, tokens: int) -> None:
+def run_streamed(folder: Path, tokens: int, dtype: str) -> None:
     """In a process of its own: print what the streamed engine took."""
     checkpoint = Checkpoint(folder)
     config = validate({"output_dir": "unused", "data": {"sequence_length": 256}})
     started = time.perf_counter()
-    weights = Weights(checkpoint, torch.bfloat16)
+    weights = Weights(checkpoint, getattr(torch, dtype))
     with tempfile.TemporaryDirectory() as spill:
         hidden = HiddenStates(config.attribution.hidden_bytes, Path(spill))
         totals = stream(weights, _units(config, checkpoint, tokens), hidden, progress=_show)
@@ -318,6 +318,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--growth-tokens", type=int, default=12_000, help="and ten times as many")
     parser.add_argument("--big", type=Path, help="a folder of big_model.py, for the streamed engine")
     parser.add_argument("--tokens", type=int, default=4000, help="of the streamed engine")
+    parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the streamed engine; processors without bfloat16 arithmetic are several times slower in it",
+    )
     parser.add_argument("--record", action="store_true", help="write the section of RESULTS.md")
     parser.add_argument("--stream", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -328,13 +334,13 @@ def main() -> None:
     disable_progress_bar()
     torch.backends.mkldnn.enabled = False
     if given.stream:
-        run_streamed(given.stream, given.tokens)
+        run_streamed(given.stream, given.tokens, given.dtype)
         return
     command = " ".join(
         ["python benchmarks/attribution.py", *("FOLDER" if a == str(given.big) else a for a in sys.argv[1:])]
     )
     if given.big:
-        figures = streamed_figures(given.big, given.tokens)
+        figures = streamed_figures(given.big, given.tokens, given.dtype)
         common.publish("attribution.streamed", command, figures, "Written by big_model.py.", given.record)
         return
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Score every expert on the forget and the retain set: writes attribution.json, .parquet and .html.
+"""Score every expert on the forget and the retain set: writes attribution.json, .parquet, .html and esft.json.
 
 python jobs/attribute.py jobs/demo.toml
 python jobs/attribute.py jobs/demo.toml attribution.engine=streamed attribution.score=contrast output_dir=runs/contrast

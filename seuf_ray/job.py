@@ -177,11 +177,20 @@ def prepare_attribution(config: JobConfig) -> Job:
 
 
 def derive_variant(config: JobConfig, name: str) -> JobConfig:
-    """The configuration of one row of the comparison, in a folder of its own."""
+    """The configuration of one row of the comparison, in a folder of its own.
+
+    Raises:
+        ConfigError: the job with that row's overrides is not allowed; says which row it is.
+    """
     variant = next(v for v in config.compare if v.name == name)
     slug = "".join(c if c.isalnum() else "-" for c in name.lower())
     folder = config.output_dir / "compare" / slug
-    return derive(config, [*variant.overrides, f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"])
+    try:
+        return derive(
+            config, [*variant.overrides, f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"]
+        )
+    except ConfigError as error:
+        raise ConfigError(f"compare {name!r}: {error}") from None
 
 
 def check_job(config: JobConfig, checkpoint: Checkpoint) -> None:
