@@ -315,7 +315,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=2, help="of the model that actors and loop run")
     parser.add_argument("--actor-tokens", type=int, default=40_000)
-    parser.add_argument("--growth-tokens", type=int, default=12_000, help="and ten times as many")
+    parser.add_argument("--growth-tokens", type=int, default=60_000, help="and ten times as many")
     parser.add_argument("--big", type=Path, help="a folder of big_model.py, for the streamed engine")
     parser.add_argument("--tokens", type=int, default=4000, help="of the streamed engine")
     parser.add_argument(
