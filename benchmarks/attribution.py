@@ -36,17 +36,17 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from seuf_ray import embedded
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics
+from seuf_ray.attribution.streaming import HiddenStates, Unit, stream
+from seuf_ray.attribution.units import Ledger, Record, first_tokens, pack_chunk, read_chunks, unit_batch
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import JobConfig, validate
-from seuf_ray.data import Row
+from seuf_ray.data.rows import Row
 from seuf_ray.job import Job
-from seuf_ray.loading import Weights, load_tokenizer
+from seuf_ray.model.loading import Weights, load_tokenizer
 from seuf_ray.stages import attribute as stage
 from seuf_ray.stages.data import unit_dataset
 from seuf_ray.stages.session import session
-from seuf_ray.statistics import Bootstrap, RoutingStatistics
-from seuf_ray.streaming import HiddenStates, Unit, stream
-from seuf_ray.units import Ledger, Record, first_tokens, pack_chunk, read_chunks, unit_batch
 
 WARM_UP = 4  # results before the clock starts: every actor is at work by then
 BATCH = 32  # rows of the ordinary loop

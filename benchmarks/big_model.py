@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seuf_ray import embedded
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.checkpoint.naming import place, stored_names
+from seuf_ray.checkpoint.shards import INDEX
 from seuf_ray.families import FAMILIES
-from seuf_ray.naming import place, stored_names
-from seuf_ray.shards import INDEX
 
 BLOCK = 2**25  # normal numbers of which all tensors are made
 STEP = 1_000_003  # between the places of two tensors; odd, so it visits the whole block

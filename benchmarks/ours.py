@@ -16,14 +16,14 @@ import torch
 from setting import STEERING, Setting
 
 from seuf_ray.artifacts import Expert, UnlearningPlan, provenance
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig, EngineConfig, JobConfig, TelemetryConfig, TrainingConfig
 from seuf_ray.engine import LocalEngine
 from seuf_ray.families import PARTS
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.spans import ConstantCache
 from seuf_ray.monitor import Task
 from seuf_ray.passes import Targets
-from seuf_ray.spans import ConstantCache
 from seuf_ray.unlearning import Steps
 
 Step = Callable[[], object]

@@ -34,10 +34,10 @@ from seuf_ray import embedded, unlearning
 from seuf_ray.artifacts import AttributionReport, DataSummary, LayerScores, provenance
 from seuf_ray.config import validate
 from seuf_ray.job import Job
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.monitor import Monitor
-from seuf_ray.resident import Base, Resident
-from seuf_ray.schedule import Schedule, Trial
+from seuf_ray.search.resident import Base, Resident
+from seuf_ray.search.schedule import Schedule, Trial
 from seuf_ray.stages.search import QUIET, base_of, search
 from seuf_ray.stages.session import session
 from seuf_ray.stages.trials import read_trial, write_trial
@@ -93,7 +93,7 @@ def common_way(config: dict[str, Any], base: Base) -> None:
 
 def load(base: Base) -> MoEModel:
     """The model of a base, in this process."""
-    from seuf_ray.checkpoint import Checkpoint
+    from seuf_ray.checkpoint.folder import Checkpoint
 
     return MoEModel(Checkpoint(base.folder))
 

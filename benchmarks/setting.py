@@ -17,7 +17,7 @@ from common import log
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from seuf_ray.data import Row
+from seuf_ray.data.rows import Row
 
 STEERING = 20.0  # c of RMU
 

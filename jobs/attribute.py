@@ -8,8 +8,8 @@ python jobs/attribute.py --compare runs/demo/attribution.json runs/geography/att
 from seuf_ray.command import command, pair_after
 
 if (pair := pair_after("--compare")) is not None:
+    from seuf_ray.attribution.topics import compare_reports
     from seuf_ray.console import show_topics
-    from seuf_ray.topics import compare_reports
 
     show_topics(compare_reports(*pair))
     raise SystemExit

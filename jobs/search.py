@@ -12,9 +12,9 @@ config = command(__doc__)
 from seuf_ray.artifacts import AttributionReport
 from seuf_ray.console import heading, show_attribution, show_evaluation, show_search, trial_printer
 from seuf_ray.job import ATTRIBUTED, ATTRIBUTION, claim, read_input
-from seuf_ray.objectives import words
 from seuf_ray.report import write_search_page
-from seuf_ray.searching import SEARCHED, finish_search, prepare_search
+from seuf_ray.search.objectives import words
+from seuf_ray.search.outcome import SEARCHED, finish_search, prepare_search
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.evaluate import evaluate
 from seuf_ray.stages.search import search

@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from seuf_ray import objectives
 from seuf_ray.artifacts import AttributionReport, EvaluationReport, SearchReport, TrialRecord, UnlearningPlan
+from seuf_ray.attribution.topics import TopicComparison
 from seuf_ray.config import SearchConfig
-from seuf_ray.topics import TopicComparison
+from seuf_ray.search import objectives
 from seuf_ray.unlearning import Progress
 
 _started = time.perf_counter()

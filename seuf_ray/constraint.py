@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from seuf_ray.batches import share, spread
 from seuf_ray.config import JobConfig
+from seuf_ray.data.batches import share, spread
 from seuf_ray.engine import Engine
 from seuf_ray.monitor import Task
 from seuf_ray.passes import Targets

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.config import ClusterConfig, EngineConfig, TrainingConfig
 from seuf_ray.engine import LocalEngine, State, clone
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 
 
 class DeepSpeedEngine(LocalEngine):

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.config import EngineConfig, TrainingConfig
 from seuf_ray.diagnosis import GradientWatch
-from seuf_ray.inplace import InPlace
-from seuf_ray.lora import LowRank
-from seuf_ray.model import ALL, MoEModel, Prefix, batch_counts
-from seuf_ray.overlay import Overlay
+from seuf_ray.model.inplace import InPlace
+from seuf_ray.model.lora import LowRank
+from seuf_ray.model.moe import ALL, MoEModel, Prefix, batch_counts
+from seuf_ray.model.overlay import Overlay
+from seuf_ray.model.spans import ConstantCache
 from seuf_ray.passes import Batch, Counts, Forward, by_layer, flat_routing, restored
 from seuf_ray.plugins import Reads
 from seuf_ray.projection import Projection
-from seuf_ray.spans import ConstantCache
 
 State = dict[str, Any]
 

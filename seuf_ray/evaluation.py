@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from seuf_ray import routing
 from seuf_ray.artifacts import CurvePoint, Statistic
-from seuf_ray.data import Question, Row, Tokenizer, leading_tokens
+from seuf_ray.data.rows import Question, Row, Tokenizer, leading_tokens
 from seuf_ray.errors import ConfigError, DataError
 from seuf_ray.families import Scoring
 from seuf_ray.passes import Forward

@@ -18,9 +18,10 @@ from typing import Any, TypeVar
 
 from seuf_ray import artifacts, patch
 from seuf_ray.artifacts import Artifact, DataSummary, ModelIdentity, UnlearningPlan
-from seuf_ray.checkpoint import Checkpoint, resolve
+from seuf_ray.attribution.selection import explicit_experts
+from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig, derive
-from seuf_ray.data import (
+from seuf_ray.data.rows import (
     Row,
     idk_rows,
     padding_id,
@@ -30,12 +31,11 @@ from seuf_ray.data import (
     summarize,
     tokenize,
 )
+from seuf_ray.data.sources import Found
 from seuf_ray.errors import ConfigError
-from seuf_ray.model import load_tokenizer
+from seuf_ray.model.moe import load_tokenizer
 from seuf_ray.passes import Targets
 from seuf_ray.quiz import Quiz, make_quiz
-from seuf_ray.selection import explicit_experts
-from seuf_ray.sources import Found
 
 A = TypeVar("A", bound=Artifact)
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from seuf_ray import evaluation
-from seuf_ray.batches import collate, share
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate, share
+from seuf_ray.data.rows import Row
 from seuf_ray.engine import Engine
 from seuf_ray.passes import Batch, Targets
 from seuf_ray.quiz import Quiz

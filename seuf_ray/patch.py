@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seuf_ray.artifacts import ModelIdentity, PatchManifest, Provenance, TensorChange, UnlearningPlan
-from seuf_ray.checkpoint import Checkpoint, digest, resolve, rewrite
-from seuf_ray.diff import Difference, diff, print_diff
+from seuf_ray.checkpoint.diff import Difference, diff, print_diff
+from seuf_ray.checkpoint.folder import Checkpoint, digest, resolve, rewrite
+from seuf_ray.checkpoint.shards import header, sync
 from seuf_ray.errors import ConfigError, MismatchError
-from seuf_ray.shards import header, sync
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from seuf_ray.artifacts import UnlearningPlan
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.checkpoint.sizes import ITEMSIZE, ModelSize, readable
 from seuf_ray.config import ClusterConfig, JobConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.model import HEAD_TOKENS
+from seuf_ray.model.moe import HEAD_TOKENS
 from seuf_ray.passes import Targets
 from seuf_ray.plugins import Reads
 from seuf_ray.resources import Memory, Resources
-from seuf_ray.sizes import ITEMSIZE, ModelSize, readable
 from seuf_ray.unlearning import reads_of
 
 KEPT, KEPT_TRAINED = 1.5, 3.0  # middle of the measured ranges above

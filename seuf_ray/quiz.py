@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from seuf_ray.data import Question, Row, Tokenizer
+from seuf_ray.data.rows import Question, Row, Tokenizer
 from seuf_ray.errors import DataError
 from seuf_ray.evaluation import question_rows
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.config import EngineConfig, TrainingConfig
 from seuf_ray.engine import LocalEngine
-from seuf_ray.model import MoEModel
-from seuf_ray.spans import ConstantCache
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.spans import ConstantCache
 
 
 class ReplicatedEngine(LocalEngine):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from seuf_ray.checkpoint.sizes import readable
 from seuf_ray.config import ClusterConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.sizes import readable
 
 
 @dataclass(frozen=True)

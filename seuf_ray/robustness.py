@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from seuf_ray import evaluation
-from seuf_ray.batches import Sampler, collate
-from seuf_ray.data import Row
+from seuf_ray.data.batches import Sampler, collate
+from seuf_ray.data.rows import Row
 from seuf_ray.engine import LocalEngine
 from seuf_ray.evaluation import merge
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Batch
 from seuf_ray.quiz import Quiz
 

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seuf_ray.batches import Sampler, micro_batches
 from seuf_ray.config import JobConfig, TrainingConfig
 from seuf_ray.constraint import constrain
-from seuf_ray.data import Row
+from seuf_ray.data.batches import Sampler, micro_batches
+from seuf_ray.data.rows import Row
 from seuf_ray.diagnosis import in_words, where_passes_broke
 from seuf_ray.engine import Engine
 from seuf_ray.errors import ConfigError, did_you_mean

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seuf_ray.batches import collate
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.passes import Forward, Targets, token_logps
 
 VOCAB, EXPERTS, TOP_K = 7, 6, 2

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from seuf_ray.checkpoint.naming import place, stored_names
 from seuf_ray.families import FAMILIES, shape_of
-from seuf_ray.naming import place, stored_names
 
 SHARD_PARAMETERS = 2 * 10**9  # as on the hub; a file is mapped while its header is checked
 _MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}

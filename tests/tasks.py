@@ -11,11 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seuf_ray.artifacts import Expert, Provenance, UnlearningPlan
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig, TrainingConfig
 from seuf_ray.engine import LocalEngine
 from seuf_ray.families import PARTS
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Batch
 
 LEARNING_RATE = 1e-2

@@ -14,14 +14,14 @@ from tiny import save_tiny
 
 from seuf_ray import config, plugins, unlearning
 from seuf_ray.algorithms.dpo import DirectPreference
-from seuf_ray.batches import collate
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import EngineConfig, TrainingConfig
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.engine import LocalEngine
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import Job
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.monitor import Task
 from seuf_ray.passes import Batch, Forward, Targets
 from seuf_ray.stages.unlearn import make_task

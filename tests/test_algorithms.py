@@ -40,8 +40,8 @@ from seuf_ray.algorithms.rmu import RepresentationMisdirection as RMU
 from seuf_ray.algorithms.simnpo import SimpleNegativePreference
 from seuf_ray.algorithms.undial import SelfDistillation
 from seuf_ray.algorithms.wga import WeightedGradientAscent
-from seuf_ray.batches import collate
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.errors import ConfigError
 from seuf_ray.passes import Targets
 from seuf_ray.plugins import Plugin, Reads

@@ -20,17 +20,17 @@ from tasks import each
 from tiny import FAMILY_NAMES, VOCAB, save_tiny
 
 from seuf_ray.artifacts import AttributionReport
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.results import results_in_step
+from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, unit_statistics
+from seuf_ray.attribution.units import ACCOUNT, Record, account, unit_batch
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import validate
 from seuf_ray.errors import DataError
 from seuf_ray.job import Job
-from seuf_ray.model import MoEModel
-from seuf_ray.results import results_in_step
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.routing import FIXED_POINT
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.attribute_parallel import GROUP, _readable, through_group
-from seuf_ray.statistics import Bootstrap, RoutingStatistics, unit_statistics
-from seuf_ray.units import ACCOUNT, Record, account, unit_batch
 
 BOOTSTRAPS = {"forget": Bootstrap(seed=1, replicates=4), "retain": Bootstrap()}
 UNITS = 6  # of them the last is empty, as the unit of a chunk without usable texts is

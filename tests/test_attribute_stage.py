@@ -16,7 +16,7 @@ from faulty.attributor import KilledAttributor
 
 import seuf_ray.stages.attribute as stage
 from seuf_ray.artifacts import AttributionReport
-from seuf_ray.checkpoint import resolve
+from seuf_ray.checkpoint.folder import resolve
 from seuf_ray.config import JobConfig, validate
 from seuf_ray.console import Meter
 from seuf_ray.embedded import texts

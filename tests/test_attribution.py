@@ -22,17 +22,17 @@ from tiny import PROVENANCE, save_tiny
 from torch import Tensor
 
 from seuf_ray.artifacts import AttributionReport, DataSummary, Expert, LayerScores, Provenance, UnlearningPlan
-from seuf_ray.attribution import chosen, make_report
-from seuf_ray.batches import collate
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.esft import esft_experts
+from seuf_ray.attribution.report import chosen, make_report
+from seuf_ray.attribution.selection import choose_targets
+from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, unit_statistics
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import AttributionConfig, TargetsConfig
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.errors import ConfigError
-from seuf_ray.esft import esft_experts
 from seuf_ray.families import Scoring, Shape
-from seuf_ray.model import MoEModel
-from seuf_ray.selection import choose_targets
-from seuf_ray.statistics import Bootstrap, RoutingStatistics, unit_statistics
+from seuf_ray.model.moe import MoEModel
 
 DATA = DataSummary(sources=["traces"], num_texts=1, num_rows=1, num_tokens=1)
 TRACES = (

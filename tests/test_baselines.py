@@ -14,14 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from seuf_ray.artifacts import AttributionReport, DataSummary, LayerScores, UnlearningPlan
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.selection import choose_targets
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig, JobConfig, TargetsConfig, TrainingConfig
 from seuf_ray.engine import LocalEngine
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import _check_parallelism, _check_targets
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.patch import rewrite
-from seuf_ray.selection import choose_targets
 
 SCOPES = ("full", "experts", "routers", "shared", "esft", "lora")
 TWO = {"num_workers": 2, "expert_parallel_size": 2}

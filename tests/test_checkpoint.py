@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILY_NAMES, save_tiny, tiny_model
 from transformers import AutoModelForCausalLM
 
-from seuf_ray.checkpoint import Checkpoint, digest, resolve, rewrite
+from seuf_ray.checkpoint.folder import Checkpoint, digest, resolve, rewrite
+from seuf_ray.checkpoint.shards import INDEX, SINGLE, header
 from seuf_ray.errors import ConfigError, MismatchError
 from seuf_ray.families import shape_of
-from seuf_ray.shards import INDEX, SINGLE, header
 
 ROUTER = "model.layers.1.mlp.gate.weight"
 EXPERT = "model.layers.1.mlp.experts.5.down_proj.weight"

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from seuf_ray import batches, data
-from seuf_ray.batches import Sampler
 from seuf_ray.config import DataConfig
-from seuf_ray.data import Question, Row, read_questions, read_texts
+from seuf_ray.data import batches
+from seuf_ray.data import rows as data
+from seuf_ray.data.batches import Sampler
+from seuf_ray.data.rows import Question, Row, read_questions, read_texts
 from seuf_ray.errors import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

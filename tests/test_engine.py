@@ -24,11 +24,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from seuf_ray.artifacts import Expert
-from seuf_ray.checkpoint import Checkpoint, rewrite
+from seuf_ray.checkpoint.folder import Checkpoint, rewrite
 from seuf_ray.config import ClusterConfig, TrainingConfig
 from seuf_ray.deepspeed_engine import DeepSpeedEngine
 from seuf_ray.engine import LocalEngine
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Batch
 
 EXPERTS: list[Expert] = [(1, 0), (2, 1), (2, 2)]  # every family has experts in layers 1 and 2

@@ -9,12 +9,12 @@ import pytest
 import records
 
 from seuf_ray import embedded
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.esft import esft_experts, read_experts, write_experts
+from seuf_ray.attribution.selection import explicit_experts
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import TargetsConfig, validate
 from seuf_ray.errors import ConfigError
-from seuf_ray.esft import esft_experts, read_experts, write_experts
 from seuf_ray.job import Job
-from seuf_ray.selection import explicit_experts
 
 
 def report(*rows: list[float]) -> object:

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from seuf_ray import evaluation
 from seuf_ray.artifacts import CurvePoint, Statistic
-from seuf_ray.batches import collate
-from seuf_ray.data import Question
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Question
 from seuf_ray.errors import ConfigError, DataError
 from seuf_ray.evaluation import question_rows
 from seuf_ray.passes import Forward

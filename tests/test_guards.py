@@ -14,12 +14,12 @@ from test_unlearning import EXPERTS, TASK, targets
 from tiny import save_tiny
 
 from seuf_ray import config, unlearning
-from seuf_ray.batches import collate
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import GuardsConfig, JobConfig
+from seuf_ray.data.batches import collate
 from seuf_ray.engine import LocalEngine
 from seuf_ray.guards import Keeper
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.unlearning import Progress
 
 TASK_BATCH = collate(TASK.forget, 0)

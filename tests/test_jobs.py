@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seuf_ray.checkpoint import resolve
+from seuf_ray.checkpoint.folder import resolve
 from seuf_ray.config import load, validate
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import EVERYTHING, claim, prepare

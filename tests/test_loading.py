@@ -22,15 +22,15 @@ from tiny import FAMILY_NAMES, VOCAB, save_tiny, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from seuf_ray.artifacts import Expert
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.checkpoint.naming import place, stored_names, view
+from seuf_ray.checkpoint.shards import SINGLE
 from seuf_ray.config import ClusterConfig, TrainingConfig
 from seuf_ray.errors import ConfigError
 from seuf_ray.families import FAMILIES
-from seuf_ray.loading import load
-from seuf_ray.model import MoEModel
-from seuf_ray.naming import place, stored_names, view
-from seuf_ray.overlay import Overlay
-from seuf_ray.shards import SINGLE
+from seuf_ray.model.loading import load
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.overlay import Overlay
 
 GIANT = "1GB"  # larger than any tiny model: one shard
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -275,8 +275,8 @@ MEASURED = """
 import sys
 from pathlib import Path
 import torch
-from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.loading import load
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.model.loading import load
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

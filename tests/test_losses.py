@@ -42,8 +42,8 @@ from seuf_ray.anchors.frozen import FrozenRouter
 from seuf_ray.anchors.kl import KLAnchor
 from seuf_ray.anchors.none import NoAnchor
 from seuf_ray.anchors.onehot import OneHotAnchor
-from seuf_ray.batches import collate
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.families import Scoring
 from seuf_ray.passes import Forward, Targets, token_logps
 

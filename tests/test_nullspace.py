@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from seuf_ray import config, unlearning
 from seuf_ray.anchors.nullspace import NullSpaceAnchor
-from seuf_ray.batches import collate
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig, JobConfig
 from seuf_ray.constraint import router_moments
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.engine import LocalEngine
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import Job
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.monitor import Task
 from seuf_ray.passes import Targets
 from seuf_ray.plugins import Reads

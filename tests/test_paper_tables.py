@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from seuf_ray.config import load_as
-from seuf_ray.data import Row
+from seuf_ray.data.rows import Row
 from seuf_ray.errors import ConfigError, DataError
 from seuf_ray.paper.cells import Cell, Store, fixed_cells, matched_cell
 from seuf_ray.paper.claims import claims

@@ -26,9 +26,9 @@ from transformers import AutoModelForCausalLM
 
 from seuf_ray import patch
 from seuf_ray.artifacts import PatchManifest
-from seuf_ray.checkpoint import Checkpoint, digest
+from seuf_ray.checkpoint.folder import Checkpoint, digest
+from seuf_ray.checkpoint.shards import INDEX, SINGLE
 from seuf_ray.errors import ConfigError, MismatchError
-from seuf_ray.shards import INDEX, SINGLE
 
 ROUTER = "model.layers.1.mlp.gate.weight"
 EXPERT = "model.layers.1.mlp.experts.5.{}_proj.weight"
@@ -377,7 +377,8 @@ def test_a_patch_of_the_difference_makes_the_other_checkpoint(base: Checkpoint, 
 KILLED = """
 import os, sys
 from pathlib import Path
-from seuf_ray import patch, shards
+from seuf_ray import patch
+from seuf_ray.checkpoint import shards
 base, folder, out = map(Path, sys.argv[1:4])
 steps, step, name = int(sys.argv[4]), 0, sys.argv[5]
 original = getattr(shards, name)

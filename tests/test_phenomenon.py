@@ -14,7 +14,7 @@ from seuf_ray.artifacts import Expert
 from seuf_ray.config import load
 from seuf_ray.engine import LocalEngine
 from seuf_ray.job import Job
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.stages.unlearn import make_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]

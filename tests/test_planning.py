@@ -17,11 +17,12 @@ from torch import Tensor
 
 from seuf_ray import embedded
 from seuf_ray.artifacts import Expert, UnlearningPlan
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.checkpoint.sizes import ModelSize, readable
 from seuf_ray.config import ClusterConfig, JobConfig, TrainingConfig, validate
 from seuf_ray.engine import LocalEngine
 from seuf_ray.errors import ConfigError
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Batch, Targets
 from seuf_ray.planning import (
     AttributionNeeds,
@@ -35,7 +36,6 @@ from seuf_ray.planning import (
 )
 from seuf_ray.plugins import Reads
 from seuf_ray.resources import Memory, Node, Resources
-from seuf_ray.sizes import ModelSize, readable
 
 GIB, MIB = 2**30, 2**20
 REAL = {

@@ -13,12 +13,12 @@ from tiny import save_tiny
 from torch import Tensor
 
 from seuf_ray.artifacts import TrialRecord
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import validate
-from seuf_ray.model import MoEModel
-from seuf_ray.resident import Base, Resident
-from seuf_ray.schedule import Trial
-from seuf_ray.spans import ConstantCache
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.spans import ConstantCache
+from seuf_ray.search.resident import Base, Resident
+from seuf_ray.search.schedule import Trial
 
 OVERLAY = {"targets.top_m": 2, "training.learning_rate": 1e-2}
 NPO = {"algorithm.name": "npo", "targets.scope": "layer", "anchor.weight": 0.5}

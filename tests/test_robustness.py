@@ -12,14 +12,14 @@ from tasks import ascend, make_plan, random_batch
 from tiny import save_tiny
 
 from seuf_ray import embedded
-from seuf_ray.batches import collate
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import TrainingConfig
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.embedded.paraphrases import CLOZES, attribute_of, paraphrased
 from seuf_ray.embedded.templates import TEMPLATES
 from seuf_ray.engine import LocalEngine
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.robustness import forced, is_inverted, plainly, quantised_experts, relearn, round_to_nearest
 
 

@@ -15,11 +15,11 @@ from tiny import save_tiny
 from torch import Tensor
 
 from seuf_ray import routing
-from seuf_ray.batches import collate
-from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.data import Row
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.families import Scoring
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Forward, Targets
 
 SCORINGS: tuple[Scoring, ...] = ("softmax", "sigmoid")

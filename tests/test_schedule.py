@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_spaces import SPACE, job
 
-from seuf_ray import halving, objectives
 from seuf_ray.artifacts import TrialPoint, TrialRecord
 from seuf_ray.config import JobConfig, SearchConfig, validate
 from seuf_ray.errors import ConfigError, MismatchError
-from seuf_ray.importance import explained
-from seuf_ray.schedule import Schedule, Trial
+from seuf_ray.search import halving, objectives
+from seuf_ray.search.importance import explained
+from seuf_ray.search.schedule import Schedule, Trial
 
 
 def record(number: int, forget: float, utility: float, drift: float = 0.0, **more: Any) -> TrialRecord:

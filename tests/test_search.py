@@ -21,15 +21,15 @@ from tiny import PROVENANCE
 
 from seuf_ray import patch
 from seuf_ray.artifacts import AttributionReport, DataSummary, LayerScores, SearchReport, TrialRecord
-from seuf_ray.checkpoint import Checkpoint, resolve
+from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import claim, read_input
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.report import write_search_page
-from seuf_ray.resident import Resident
-from seuf_ray.schedule import Trial
-from seuf_ray.searching import SEARCHED, finish_search, prepare_search
+from seuf_ray.search.outcome import SEARCHED, finish_search, prepare_search
+from seuf_ray.search.resident import Resident
+from seuf_ray.search.schedule import Trial
 from seuf_ray.stages.search import base_of, concurrent, search
 
 pytestmark = pytest.mark.timeout(300)

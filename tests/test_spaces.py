@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seuf_ray import spaces
 from seuf_ray.config import JobConfig, validate
 from seuf_ray.errors import ConfigError
+from seuf_ray.search import spaces
 
 SPACE = {
     "targets.top_m": {"choice": [1, 2]},

@@ -9,11 +9,11 @@ import torch
 from tasks import random_batch
 from tiny import FAMILY_NAMES, VOCAB, save_tiny
 
-from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.model import MoEModel
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.spans import ConstantCache
 from seuf_ray.passes import Batch
 from seuf_ray.plugins import Reads
-from seuf_ray.spans import ConstantCache
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

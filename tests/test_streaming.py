@@ -19,14 +19,14 @@ from test_loading import EMBED, HEAD, save_large, save_with
 from tiny import FAMILY_NAMES, VOCAB, save_tiny
 from torch import Tensor, nn
 
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, Sequences, unit_statistics
+from seuf_ray.attribution.streaming import HiddenStates, stream
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.checkpoint.shards import SINGLE
 from seuf_ray.errors import ConfigError
-from seuf_ray.loading import Weights
-from seuf_ray.model import MoEModel
+from seuf_ray.model.loading import Weights
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Batch
-from seuf_ray.shards import SINGLE
-from seuf_ray.statistics import Bootstrap, RoutingStatistics, Sequences, unit_statistics
-from seuf_ray.streaming import HiddenStates, stream
 
 Unit = tuple[Batch, Sequences]
 BOOTSTRAP = Bootstrap(seed=7, replicates=4)
@@ -223,9 +223,9 @@ import sys
 from pathlib import Path
 import torch
 from test_streaming import packed_units
-from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.loading import Weights
-from seuf_ray.streaming import HiddenStates, stream
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.model.loading import Weights
+from seuf_ray.attribution.streaming import HiddenStates, stream
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -19,12 +19,12 @@ from tiny import save_tiny
 from torch import Tensor
 
 from seuf_ray import config, unlearning
-from seuf_ray.batches import collate
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig, JobConfig, TelemetryConfig
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate
+from seuf_ray.data.rows import Row
 from seuf_ray.engine import LocalEngine
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.telemetry import Telemetry
 from seuf_ray.unlearning import Steps
 

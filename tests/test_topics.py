@@ -11,9 +11,9 @@ import pytest
 import records
 
 from seuf_ray.artifacts import AttributionReport, LayerScores
+from seuf_ray.attribution.table import write_table
+from seuf_ray.attribution.topics import compare_reports, spearman
 from seuf_ray.errors import ConfigError, MismatchError
-from seuf_ray.tables import write_table
-from seuf_ray.topics import compare_reports, spearman
 
 
 def saved(path: Path, rows: list[list[float]], **changes: Any) -> Path:

@@ -14,14 +14,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seuf_ray.batches import collate_packed, pack
-from seuf_ray.checkpoint import Checkpoint, resolve
+from seuf_ray.attribution.statistics import Bootstrap
+from seuf_ray.attribution.units import (
+    Ledger,
+    Record,
+    account,
+    first_tokens,
+    pack_chunk,
+    read_chunks,
+    unit_batch,
+)
+from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import DataConfig
+from seuf_ray.data.batches import collate_packed, pack
 from seuf_ray.embedded import texts as embedded_texts
 from seuf_ray.errors import DataError
-from seuf_ray.model import load_tokenizer
-from seuf_ray.statistics import Bootstrap
-from seuf_ray.units import Ledger, Record, account, first_tokens, pack_chunk, read_chunks, unit_batch
+from seuf_ray.model.moe import load_tokenizer
 
 TEXTS = embedded_texts("chemistry")[:300]
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from seuf_ray import config, unlearning
 from seuf_ray.algorithms.ga import GradientAscent
-from seuf_ray.batches import collate, share
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import JobConfig, TrainingConfig
-from seuf_ray.data import Row
+from seuf_ray.data.batches import collate, share
+from seuf_ray.data.rows import Row
 from seuf_ray.engine import LocalEngine
-from seuf_ray.model import ALL, MoEModel
+from seuf_ray.model.moe import ALL, MoEModel
 from seuf_ray.passes import Batch, Forward, Targets
 from seuf_ray.plugins import Plugin
 from seuf_ray.quiz import Quiz

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from seuf_ray.artifacts import Provenance, UnlearningPlan
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.families import FAMILIES, PARTS
 
 FAMILY_NAMES = tuple(FAMILIES)

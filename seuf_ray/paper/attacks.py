@@ -8,15 +8,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from seuf_ray.artifacts import provenance
+from seuf_ray.attribution.selection import choose_targets
 from seuf_ray.config import JobConfig, TargetsConfig
-from seuf_ray.data import Question
+from seuf_ray.data.rows import Question
 from seuf_ray.embedded.paraphrases import paraphrased
 from seuf_ray.engine import LocalEngine
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.paper.splits import part_of, sampled, sentences_of
 from seuf_ray.quiz import Quiz, make_quiz
 from seuf_ray.robustness import accuracy, forced, is_inverted, plainly, quantised_experts, relearn
-from seuf_ray.selection import choose_targets
 
 if TYPE_CHECKING:
     from seuf_ray.paper.experiment import Materials

@@ -13,19 +13,19 @@ from statistics import mean
 
 from seuf_ray import unlearning
 from seuf_ray.artifacts import AttributionReport, CurvePoint, UnlearningPlan, provenance
-from seuf_ray.batches import spread
+from seuf_ray.attribution.selection import choose_targets
 from seuf_ray.config import JobConfig, derive, validate
+from seuf_ray.data.batches import spread
 from seuf_ray.engine import LocalEngine
 from seuf_ray.evaluation import interpolate_utility
 from seuf_ray.job import Job
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.spans import ConstantCache
 from seuf_ray.monitor import Monitor, Task
 from seuf_ray.paper.cells import Cell, Result
 from seuf_ray.paper.methods import ALGORITHMS, METHODS, ORIGINAL
 from seuf_ray.paper.settings import PaperSettings
 from seuf_ray.paper.splits import Split, sampled
-from seuf_ray.selection import choose_targets
-from seuf_ray.spans import ConstantCache
 
 Metrics = dict[str, float]
 

@@ -19,22 +19,22 @@ import ray.data
 import torch
 
 from seuf_ray.artifacts import AttributionReport, DataSummary, provenance
-from seuf_ray.attribution import make_report
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.esft import esft_experts, write_experts
+from seuf_ray.attribution.report import make_report
+from seuf_ray.attribution.results import unit_result
+from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics
+from seuf_ray.attribution.table import write_table
+from seuf_ray.attribution.units import Ledger, Record
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.console import Meter, show_engine
 from seuf_ray.errors import DataError
-from seuf_ray.esft import esft_experts, write_experts
 from seuf_ray.job import ATTRIBUTION, Job
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.report import write_attribution_page
-from seuf_ray.results import unit_result
 from seuf_ray.stages.attribute_parallel import through_group
 from seuf_ray.stages.attribute_streamed import through_layers
 from seuf_ray.stages.data import as_data_errors, through_actors, unit_dataset
 from seuf_ray.stages.resources import fitting_engine
-from seuf_ray.statistics import Bootstrap, RoutingStatistics
-from seuf_ray.tables import write_table
-from seuf_ray.units import Ledger, Record
 
 SETS: tuple[Literal["forget", "retain"], ...] = ("forget", "retain")
 Bootstraps = Mapping[str, Bootstrap]

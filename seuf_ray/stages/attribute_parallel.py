@@ -19,14 +19,14 @@ import torch
 from ray.util.queue import Queue
 
 from seuf_ray import config as configs
+from seuf_ray.attribution.results import results_in_step
+from seuf_ray.attribution.statistics import Bootstrap
+from seuf_ray.attribution.units import Record
 from seuf_ray.deepspeed_engine import shard_experts
 from seuf_ray.errors import ConfigError, MismatchError
 from seuf_ray.job import Job
-from seuf_ray.results import results_in_step
 from seuf_ray.stages.data import as_data_errors, require_room
 from seuf_ray.stages.group import Settings, WorkerGroup, worker_model
-from seuf_ray.statistics import Bootstrap
-from seuf_ray.units import Record
 
 GROUP = "attribution_group"  # Ray Train's own folder in output_dir while the group runs
 

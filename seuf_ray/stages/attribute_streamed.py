@@ -14,14 +14,14 @@ import ray.data
 import torch
 from ray.util.queue import Queue
 
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics
+from seuf_ray.attribution.streaming import HiddenStates, Unit, stream
+from seuf_ray.attribution.units import Record, account, unit_batch
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.console import show_layer
 from seuf_ray.job import Job
-from seuf_ray.loading import Weights
+from seuf_ray.model.loading import Weights
 from seuf_ray.stages.group import threads
-from seuf_ray.statistics import Bootstrap, RoutingStatistics
-from seuf_ray.streaming import HiddenStates, Unit, stream
-from seuf_ray.units import Record, account, unit_batch
 
 Bootstraps = Mapping[str, Bootstrap]
 Found = tuple[dict[str, RoutingStatistics], list[Record]]

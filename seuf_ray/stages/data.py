@@ -23,12 +23,12 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.units import first_tokens, pack_chunk, read_chunks
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig, DataConfig, JobConfig
-from seuf_ray.data import Row, Tokenizer
+from seuf_ray.data.rows import Row, Tokenizer
 from seuf_ray.errors import ConfigError, MismatchError
-from seuf_ray.model import load_tokenizer
-from seuf_ray.units import first_tokens, pack_chunk, read_chunks
+from seuf_ray.model.moe import load_tokenizer
 
 TASK_CPUS = (
     0.25  # of tasks that read and pack: two readers and one packer find room in the CPU that actors leave

@@ -15,7 +15,7 @@ import ray
 import torch
 
 from seuf_ray.artifacts import AttributionReport, fingerprint
-from seuf_ray.data import Row
+from seuf_ray.data.rows import Row
 from seuf_ray.job import Job, claim, prepare
 from seuf_ray.paper import tuning
 from seuf_ray.paper.cells import Cell, Result, Store, fixed_cells, matched_cell

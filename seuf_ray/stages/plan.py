@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from seuf_ray.artifacts import AttributionReport, UnlearningPlan
+from seuf_ray.attribution.selection import plan_for
 from seuf_ray.job import ATTRIBUTION, PLAN, Job, read_input
-from seuf_ray.selection import plan_for
 from seuf_ray.unlearning import reads_of
 
 

@@ -16,6 +16,7 @@ import ray
 import torch
 
 from seuf_ray.artifacts import UnlearningPlan
+from seuf_ray.checkpoint.sizes import ModelSize
 from seuf_ray.config import JobConfig
 from seuf_ray.job import Job
 from seuf_ray.planning import (
@@ -27,7 +28,6 @@ from seuf_ray.planning import (
     require_room,
 )
 from seuf_ray.resources import Node, Resources
-from seuf_ray.sizes import ModelSize
 from seuf_ray.stages.group import threads
 
 WAIT = 1800.0  # seconds for a cluster that autoscales to start the first worker's node

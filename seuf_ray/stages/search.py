@@ -16,13 +16,14 @@ import ray
 from ray import tune
 from ray.tune.search import Searcher
 
-from seuf_ray import objectives, unlearning
+from seuf_ray import unlearning
 from seuf_ray.artifacts import AttributionReport, TrialRecord
 from seuf_ray.config import ClusterConfig
 from seuf_ray.job import Job
-from seuf_ray.resident import Base
-from seuf_ray.schedule import FOLDER, Schedule, tensors_path
-from seuf_ray.spaces import derive_trial, examples
+from seuf_ray.search import objectives
+from seuf_ray.search.resident import Base
+from seuf_ray.search.schedule import FOLDER, Schedule, tensors_path
+from seuf_ray.search.spaces import derive_trial, examples
 from seuf_ray.stages.boards import TensorBoard
 from seuf_ray.stages.session import require
 from seuf_ray.stages.trials import TrialWorker, bundles, write_trial

@@ -27,13 +27,13 @@ from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from safetensors.torch import save_file
 
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig
 from seuf_ray.deepspeed_engine import owned_experts, shard_experts
-from seuf_ray.model import MoEModel
-from seuf_ray.objectives import is_result
-from seuf_ray.resident import Base, Moment, Resident
-from seuf_ray.schedule import Trial, tensors_path
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.search.objectives import is_result
+from seuf_ray.search.resident import Base, Moment, Resident
+from seuf_ray.search.schedule import Trial, tensors_path
 
 TIMEOUT = timedelta(minutes=30)  # of one exchange between ranks
 

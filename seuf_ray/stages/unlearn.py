@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from seuf_ray import config as configs
 from seuf_ray import unlearning
 from seuf_ray.artifacts import PatchManifest, UnlearningPlan, write_text
-from seuf_ray.batches import spread
 from seuf_ray.config import JobConfig
+from seuf_ray.data.batches import spread
 from seuf_ray.deepspeed_engine import DeepSpeedEngine
 from seuf_ray.engine import Engine, LocalEngine
 from seuf_ray.job import Job, write_patch

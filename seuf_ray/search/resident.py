@@ -22,20 +22,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seuf_ray import objectives, unlearning
+from seuf_ray import unlearning
 from seuf_ray.artifacts import AttributionReport, TrialPoint, TrialRecord, UnlearningPlan
+from seuf_ray.attribution.selection import plan_for
 from seuf_ray.config import JobConfig
 from seuf_ray.engine import Engine, LocalEngine
 from seuf_ray.errors import ConfigError, MismatchError
-from seuf_ray.halving import Judge
-from seuf_ray.model import MoEModel
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.spans import ConstantCache
 from seuf_ray.monitor import Task
 from seuf_ray.passes import Targets
 from seuf_ray.replicated import ReplicatedEngine, mean_over_ranks
-from seuf_ray.schedule import Trial
-from seuf_ray.selection import plan_for
-from seuf_ray.spaces import derive_trial
-from seuf_ray.spans import ConstantCache
+from seuf_ray.search import objectives
+from seuf_ray.search.halving import Judge
+from seuf_ray.search.schedule import Trial
+from seuf_ray.search.spaces import derive_trial
 from seuf_ray.unlearning import Progress
 
 

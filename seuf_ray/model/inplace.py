@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from seuf_ray.model import MoEModel
-from seuf_ray.naming import place
+from seuf_ray.checkpoint.naming import place
+from seuf_ray.model.moe import MoEModel
 
 
 class InPlace(nn.Module):

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 from seuf_ray.artifacts import DataSummary
 from seuf_ray.config import DataConfig
+from seuf_ray.data.sources import Found, Reading
 from seuf_ray.errors import DataError
-from seuf_ray.sources import Found, Reading
 
 QUESTION_NAMES = ("question", "query")  # TOFU and MMLU, RWKU
 SURROGATE = re.compile("[\ud800-\udfff]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.families import Shape
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2}  # of `model.dtype`

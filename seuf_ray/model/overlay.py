@@ -24,8 +24,8 @@ from torch.utils.hooks import RemovableHandle
 
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.families import PARTS
-from seuf_ray.model import MoEModel
-from seuf_ray.taps import Site
+from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.taps import Site
 
 
 class ExpertOverlay(nn.Module):

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from seuf_ray import objectives
 from seuf_ray.artifacts import TrialRecord
 from seuf_ray.config import SearchConfig
+from seuf_ray.search import objectives
 
 Cuts = dict[int, float]  # rung (a step) -> score under which a trial ends
 

@@ -26,8 +26,8 @@ from fsspec import AbstractFileSystem
 
 from seuf_ray import embedded
 from seuf_ray.config import DataConfig
+from seuf_ray.data.formats import PLAIN, TABLES, File, Item, read_lines
 from seuf_ray.errors import DataError
-from seuf_ray.formats import PLAIN, TABLES, File, Item, read_lines
 
 Value = TypeVar("Value")
 

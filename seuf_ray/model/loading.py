@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.checkpoint.naming import place, stored_names
 from seuf_ray.errors import ConfigError
-from seuf_ray.naming import place, stored_names
 
 Progress = Callable[[int, int], None]
 Parts = Mapping[str, list[str]]  # parameter or buffer of the model -> checkpoint tensors that it is made of

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from safetensors.torch import load_file
 
-from seuf_ray import objectives, spaces
 from seuf_ray.artifacts import (
     AttributionReport,
     PatchManifest,
@@ -20,13 +19,14 @@ from seuf_ray.artifacts import (
     UnlearningPlan,
     provenance,
 )
+from seuf_ray.attribution.selection import plan_for
+from seuf_ray.attribution.table import write_trials
 from seuf_ray.config import JobConfig, SearchConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.importance import importance
 from seuf_ray.job import AFTER, BEFORE, PLAN, Job, check_job, prepare, write_patch
-from seuf_ray.schedule import FOLDER, tensors_path
-from seuf_ray.selection import plan_for
-from seuf_ray.tables import write_trials
+from seuf_ray.search import objectives, spaces
+from seuf_ray.search.importance import importance
+from seuf_ray.search.schedule import FOLDER, tensors_path
 
 SEARCHED = (  # what the search writes
     *("trials", "tensorboard", "search.json", "search.parquet", "search.csv", "patches", "patch"),

@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from seuf_ray.attribution.statistics import RoutingStatistics, Sequences, layer_statistics, stack
 from seuf_ray.errors import ConfigError
-from seuf_ray.loading import Weights
+from seuf_ray.model.loading import Weights
+from seuf_ray.model.spans import Spans
+from seuf_ray.model.taps import RouterTaps, site_of, stopping_after
 from seuf_ray.passes import Batch
-from seuf_ray.spans import Spans
-from seuf_ray.statistics import RoutingStatistics, Sequences, layer_statistics, stack
-from seuf_ray.taps import RouterTaps, site_of, stopping_after
 
 Unit = tuple[
     str, Batch, Sequences

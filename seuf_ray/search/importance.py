@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from seuf_ray import objectives
 from seuf_ray.artifacts import TrialRecord
 from seuf_ray.config import SearchConfig
-from seuf_ray.spaces import parse
+from seuf_ray.search import objectives
+from seuf_ray.search.spaces import parse
 
 QUARTERS = (0.25, 0.5, 0.75)
 

@@ -13,10 +13,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from seuf_ray.model import MoEModel
+from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, unit_statistics
+from seuf_ray.attribution.units import Record, account, unit_batch
+from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Batch
-from seuf_ray.statistics import Bootstrap, RoutingStatistics, unit_statistics
-from seuf_ray.units import Record, account, unit_batch
 
 T = TypeVar("T")
 

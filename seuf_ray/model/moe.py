@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from seuf_ray.checkpoint import Checkpoint
-from seuf_ray.loading import load
-from seuf_ray.loading import load_tokenizer as load_tokenizer
-from seuf_ray.naming import place, view
+from seuf_ray.checkpoint.folder import Checkpoint
+from seuf_ray.checkpoint.naming import place, view
+from seuf_ray.model.loading import load
+from seuf_ray.model.loading import load_tokenizer as load_tokenizer
+from seuf_ray.model.spans import Spans
+from seuf_ray.model.taps import RouterTaps, inputs_of, outputs_of, site_of, stopping_after
 from seuf_ray.passes import Batch, Counts, Forward, chosen_logps, token_logps
 from seuf_ray.plugins import Reads
-from seuf_ray.spans import Spans
-from seuf_ray.taps import RouterTaps, inputs_of, outputs_of, site_of, stopping_after
 
 ALL = Reads()
 HEAD_TOKENS = 256  # whose logits exist at once where memory is dear

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seuf_ray.checkpoint.naming import place, stored_names
 from seuf_ray.errors import ConfigError
-from seuf_ray.model import MoEModel
-from seuf_ray.naming import place, stored_names
+from seuf_ray.model.moe import MoEModel
 
 
 class LowRank(nn.Module):

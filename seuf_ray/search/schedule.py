@@ -14,12 +14,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from seuf_ray import halving, suggestions
 from seuf_ray.artifacts import TrialRecord, write_text
 from seuf_ray.config import JobConfig
 from seuf_ray.errors import ConfigError, MismatchError
-from seuf_ray.halving import Cuts
-from seuf_ray.spaces import Assignment, Space, check, derive_trial
+from seuf_ray.search import halving, suggestions
+from seuf_ray.search.halving import Cuts
+from seuf_ray.search.spaces import Assignment, Space, check, derive_trial
 
 FOLDER = "trials"
 

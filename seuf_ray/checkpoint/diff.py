@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.checkpoint.folder import Checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,11 +12,11 @@ import random
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from seuf_ray import objectives, spaces
 from seuf_ray.artifacts import TrialRecord
 from seuf_ray.config import JobConfig, SearchConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.spaces import Assignment, Space
+from seuf_ray.search import objectives, spaces
+from seuf_ray.search.spaces import Assignment, Space
 
 
 class Searcher(Protocol):

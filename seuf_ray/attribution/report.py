@@ -28,10 +28,10 @@ from seuf_ray.artifacts import (
     Scores,
     Selection,
 )
+from seuf_ray.attribution.statistics import Integers, RoutingStatistics
 from seuf_ray.config import AttributionConfig, TargetsConfig
 from seuf_ray.errors import ConfigError
 from seuf_ray.families import Shape
-from seuf_ray.statistics import Integers, RoutingStatistics
 
 Values = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 from seuf_ray.artifacts import AttributionReport, Expert, LoRA, Provenance, UnlearningPlan, provenance
-from seuf_ray.checkpoint import Checkpoint
+from seuf_ray.attribution.esft import esft_experts, read_experts
+from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import JobConfig, TargetsConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.esft import esft_experts, read_experts
 from seuf_ray.families import PARTS, Shape
 
 RANKED = ("model", "layer", "same_layer", "random", "explicit")

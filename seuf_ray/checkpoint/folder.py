@@ -25,11 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from seuf_ray import embedded, shards
+from seuf_ray import embedded
 from seuf_ray.artifacts import ModelIdentity
+from seuf_ray.checkpoint import shards
+from seuf_ray.checkpoint.shards import INDEX, SINGLE, Entry, digest
 from seuf_ray.errors import ConfigError, MismatchError
 from seuf_ray.families import family_of, shape_of
-from seuf_ray.shards import INDEX, SINGLE, Entry, digest
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from seuf_ray.data import Row
+from seuf_ray.data.rows import Row
 from seuf_ray.passes import Batch
 
 T = TypeVar("T")

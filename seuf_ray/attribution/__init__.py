@@ -1,0 +1,12 @@
+"""Which experts carry a set of texts, and which of them become targets.
+
+units        sources -> packed units, each counted once
+statistics   exact (sum, count) of routing, and their bootstrap
+results      units -> result records, on one process or on ranks in step
+streaming    the same for a model larger than memory, layer by layer
+report       statistics -> AttributionReport
+selection    report + rule -> UnlearningPlan
+esft         ESFT's rule and its expert configurations
+topics       two reports side by side
+table        a report as parquet
+"""
