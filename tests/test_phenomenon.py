@@ -48,8 +48,9 @@ def test_one_expert_forgets_and_keeps_the_rest(forget: str, seed: int) -> None:
 
 @pytest.mark.parametrize(("forget", "seed"), [("chemistry", 0), ("chemistry", 1), ("geography", 0)])
 def test_training_everything_as_long_loses_the_rest(forget: str, seed: int) -> None:
-    metrics = train(forget, seed, "targets.scope=full", "anchor.name=none", "training.learning_rate=1e-3")
-    assert metrics["forget_accuracy"] <= 0.45 and metrics["utility"] <= 0.60
+    metrics = train(forget, seed, "targets.scope=full", "anchor.name=none", "training.learning_rate=3e-4")
+    assert metrics["forget_accuracy"] <= 0.45
+    assert metrics["utility"] <= train(forget, seed)["utility"] - 0.25
 
 
 def test_the_anchor_keeps_the_routing() -> None:
