@@ -31,8 +31,8 @@ from seuf_ray.stages.unlearn import make_task
 from seuf_ray.unlearning import Progress
 
 Listener = Callable[[TrialRecord, Sequence[TrialRecord], int], None]  # what ended, all that did, of how many
-TUNE = {
-    "TUNE_MAX_PENDING_TRIALS_PG": "1000",  # worker groups start side by side; `InOrder` knows how many
+TOGETHER = {"TUNE_MAX_PENDING_TRIALS_PG": "1000"}  # worker groups start side by side; `InOrder` knows how many
+QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # it prints its own tables, whatever verbose says
@@ -74,7 +74,7 @@ def base_of(job: Job, report: AttributionReport) -> Base:
 
 
 def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) -> None:
-    for name, value in TUNE.items():
+    for name, value in (QUIET | TOGETHER).items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     shutil.rmtree(job.path("tune"), ignore_errors=True)
