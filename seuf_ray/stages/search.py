@@ -31,7 +31,7 @@ from seuf_ray.stages.unlearn import make_task
 from seuf_ray.unlearning import Progress
 
 Listener = Callable[[TrialRecord, Sequence[TrialRecord], int], None]  # what ended, all that did, of how many
-TOGETHER = {"TUNE_MAX_PENDING_TRIALS_PG": "1000"}  # worker groups start side by side; `InOrder` knows how many
+TOGETHER = {"TUNE_MAX_PENDING_TRIALS_PG": "1000"}  # groups start side by side; `InOrder` knows how many
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
