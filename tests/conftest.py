@@ -32,6 +32,7 @@ def _environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # what ray.train.report waits for; 2 s by default
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_worker_niceness": "0",  # 15 by default: beside anything else that computes, workers would hardly run
         "DS_ACCELERATOR": "cpu",
@@ -46,6 +47,12 @@ def _environment() -> dict[str, str]:
 
 
 os.environ.update(_environment())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that kill processes come first: where files run side by side, the end would wait for these long ones."""
+    long = {item.path for item in items if item.get_closest_marker("chaos")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
