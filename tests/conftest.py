@@ -6,8 +6,10 @@ The environment is set while pytest loads this file, before anything imports ray
 from __future__ import annotations
 
 import os
+import runpy
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +32,10 @@ def _environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",  # what ray.train.report waits for; 2 s by default
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_worker_niceness": "0",  # 15 by default: beside anything else that computes, workers would hardly run
+        "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",  # threads that spin make each other ten times slower on a busy machine
         "TOKENIZERS_PARALLELISM": "false",
@@ -42,6 +47,12 @@ def _environment() -> dict[str, str]:
 
 
 os.environ.update(_environment())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that kill processes come first: where files run side by side, the end would wait for these long ones."""
+    long = {item.path for item in items if item.get_closest_marker("chaos")}
+    items.sort(key=lambda item: item.path not in long)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -64,6 +75,26 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def ray_address(ray_session: None) -> str:
+    """Where drivers of their own find the session: what they need not start saves seconds."""
+    import ray
+
+    return str(ray.get_runtime_context().gcs_address)
+
+
+@pytest.fixture
+def run_job(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`run_job("jobs/x.py", "x.toml", "a.b=1")`: the script in this process, whose Ray session and imports it uses."""
+
+    def run(script: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the script sets its own
+        runpy.run_path(str(TESTS.parent / script), run_name="__main__")
+
+    return run
 
 
 @pytest.fixture

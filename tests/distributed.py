@@ -1,5 +1,7 @@
 """Runs a function on several real processes that talk over gloo, as a cluster's workers would.
 
+Each run has fresh processes, forked from one that has imported what they need: that takes longer than most functions.
+
 def _sum(value): ...                      # module level, so that another process can import it
 assert run(_sum, 2, 1.0) == [3.0, 3.0]
 """
@@ -21,6 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=120)
+mp.set_forkserver_preload(["tasks", "transformers.modeling_utils", "deepspeed", "seuf_ray.deepspeed_engine"])
 
 
 def run(function: Callable[..., Any], world_size: int = 2, *args: Any) -> list[Any]:
@@ -31,7 +34,9 @@ def run(function: Callable[..., Any], world_size: int = 2, *args: Any) -> list[A
     """
     with tempfile.TemporaryDirectory(prefix="gloo") as folder:
         try:
-            mp.spawn(_worker, args=(world_size, folder, function, args), nprocs=world_size, join=True)
+            mp.start_processes(
+                _worker, (world_size, folder, function, args), world_size, start_method="forkserver"
+            )
         except mp.ProcessRaisedException as error:
             first = Path(folder) / "first_error"
             raise RuntimeError(first.read_text() if first.exists() else str(error)) from None
@@ -48,7 +53,6 @@ def _worker(
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="0",  # nobody listens: ranks meet in the file store
-        DS_ACCELERATOR="cpu",
     )
     torch.set_num_threads(1)
     store = dist.FileStore(str(Path(folder) / "store"), world_size)

@@ -25,7 +25,7 @@ from seuf_ray.job import Job, prepare_attribution
 from seuf_ray.stages.attribute import attribute
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]
-TEXTS = texts("chemistry")[:900]
+TEXTS = texts("chemistry")[:400]
 
 
 def lines(folder: Path, parts: int) -> str:
@@ -50,7 +50,12 @@ def config_of(folder: Path, forget: str, **attribution: Any) -> JobConfig:
     return validate(
         {
             "output_dir": str(folder),
-            "data": {"forget": forget, "retain": "embedded:general", "max_rows": 900, "sequence_length": 64},
+            "data": {
+                "forget": forget,
+                "retain": "embedded:general",
+                "max_rows": len(TEXTS),
+                "sequence_length": 64,
+            },
             "attribution": {"unit_rows": 4, "bootstrap": 8, "engine": "actors", **attribution},
             "cluster": {"cpus_per_worker": 0.5},
         }
@@ -73,7 +78,11 @@ def same(found: AttributionReport, expected: AttributionReport) -> bool:
 def test_seven_parquet_shards_on_two_actors(expected: AttributionReport, tmp_path: Path) -> None:
     report = attribute(Job(config_of(tmp_path / "out", parquet(tmp_path / "data", 7), num_actors=2)))
     assert same(report, expected)
-    assert report.data.num_texts == 900 and report.retain is not None and report.retain.num_texts == 900
+    assert (
+        report.data.num_texts == len(TEXTS)
+        and report.retain is not None
+        and report.retain.num_texts == len(TEXTS)
+    )
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"attribution.json", "attribution.parquet", "attribution.html", "esft.json"} <= written
 

@@ -19,10 +19,6 @@ def _sum_over_ranks(value: float) -> tuple[int, float]:
     return dist.get_rank(), total.item()
 
 
-def _pid() -> int:
-    return os.getpid()
-
-
 def _fail_on_rank_1() -> None:
     if dist.get_rank() == 1:
         raise ArithmeticError("rank 1 is unwell")
@@ -46,7 +42,7 @@ def test_a_failing_rank_is_heard() -> None:
 def test_ray_is_real_and_keeps_to_itself(ray_session: None) -> None:
     import ray
 
-    pid = ray.get(ray.remote(_pid).remote())
+    pid = ray.get(ray.remote(lambda: os.getpid()).remote())
     assert pid != os.getpid()
     assert ray.cluster_resources()["CPU"] == 4
     assert not Path(os.environ["RAY_AUTH_TOKEN_PATH"]).is_relative_to(Path.home())

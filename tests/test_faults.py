@@ -7,23 +7,25 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tasks import make_plan
 from test_pipeline import make_config
 from torch import Tensor
 
 from seuf_ray import patch
 from seuf_ray.artifacts import UnlearningPlan
+from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig
 from seuf_ray.job import Job, read_metrics
-from seuf_ray.stages.attribute import attribute
-from seuf_ray.stages.plan import plan
 from seuf_ray.stages.unlearn import unlearn
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.chaos]
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = {"steps": 6, "evaluate_every": 2, "max_questions": 10, "batch_size": 8, "learning_rate": 1e-2}
 
@@ -44,24 +46,37 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 @pytest.fixture(scope="module")
-def targets(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> UnlearningPlan:
-    job = Job(config_for(tmp_path_factory.mktemp("plan"), {"name": "ga"}))
-    return plan(job, attribute(job))
+def targets(ray_session: None) -> UnlearningPlan:
+    """What attribution finds."""
+    return make_plan(Checkpoint(resolve("embedded:specialised")), [(3, 17)])
+
+
+@pytest.fixture(scope="module")
+def quiet(
+    targets: UnlearningPlan, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], dict[str, Tensor]]:
+    """What so many workers train when nothing happens."""
+
+    @cache
+    def train(workers: int) -> dict[str, Tensor]:
+        job = Job(config_for(tmp_path_factory.mktemp("quiet"), {"name": "ga"}, workers))
+        unlearn(job, targets)
+        return result_of(job)
+
+    return train
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_killed_worker_ends_with_the_undisturbed_patch(
-    targets: UnlearningPlan, tmp_path: Path, workers: int, ray_session: None
+    targets: UnlearningPlan, quiet: Callable[[int], dict[str, Tensor]], tmp_path: Path, workers: int
 ) -> None:
     """Killed in its fourth step: the group starts again from the checkpoint of step 2."""
     marker = tmp_path / "killed"
-    faulty = {"name": "faulty.killed", "marker": str(marker), "at_call": 4}
-    quiet = Job(config_for(tmp_path / "quiet", {**faulty, "at_call": 10**6}, workers))
+    faulty = {"name": "faulty.killed", "marker": str(marker), "at_call": 4}  # gradient ascent
     killed = Job(config_for(tmp_path / "killed_run", faulty, workers))
-    unlearn(quiet, targets)
     unlearn(killed, targets)
     assert marker.exists()
-    assert_same_bits(result_of(killed), result_of(quiet))
+    assert_same_bits(result_of(killed), quiet(workers))
     assert [m["step"] for m in read_metrics(killed)] == [0, 2, 4, 6]
     checkpoints = sorted((killed.path("train") / "train").rglob("rank_0.pt")) or sorted(
         killed.path("train").rglob("rank_0.pt")
@@ -80,17 +95,6 @@ def _job_file(folder: Path, seconds: float) -> Path:
     return path
 
 
-def _drive(folder: Path, plan_file: Path, *more: str) -> subprocess.Popen[str]:
-    arguments = [f"output_dir={str(folder / 'out')!r}", f"inputs.plan={str(plan_file)!r}", *more]
-    return subprocess.Popen(
-        [sys.executable, "jobs/unlearn.py", str(folder / "job.toml"), *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def _wait_for_lines(path: Path, lines: int, driver: subprocess.Popen[str]) -> None:
     for _ in range(1200):
         if path.exists() and len(path.read_text().splitlines()) >= lines:
@@ -100,20 +104,32 @@ def _wait_for_lines(path: Path, lines: int, driver: subprocess.Popen[str]) -> No
     pytest.fail(f"{path} never had {lines} lines")
 
 
-def test_resume_after_the_driver_was_killed(targets: UnlearningPlan, tmp_path: Path) -> None:
+def test_resume_after_the_driver_was_killed(
+    targets: UnlearningPlan,
+    quiet: Callable[[int], dict[str, Tensor]],
+    tmp_path: Path,
+    ray_address: str,
+    run_job: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """kill -9 of the driver after the evaluation of step 2; `resume=true` repeats nothing before it."""
-    plan_file = targets.write(tmp_path / "plan.json")
-    quiet = Job(config_for(tmp_path / "quiet", {"name": "ga"}))
-    unlearn(quiet, targets)
-    _job_file(tmp_path, seconds=1.5)
-    driver = _drive(tmp_path, plan_file)
-    _wait_for_lines(tmp_path / "out" / "metrics.jsonl", 2, driver)
+    out, plan_file = tmp_path / "out", targets.write(tmp_path / "plan.json")
+    given = [f"output_dir={str(out)!r}", f"inputs.plan={str(plan_file)!r}"]
+    command = ["jobs/unlearn.py", str(_job_file(tmp_path, seconds=0.5)), *given]
+    driver = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": ray_address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    _wait_for_lines(out / "metrics.jsonl", 2, driver)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    before = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
-    again = _drive(tmp_path, plan_file, "resume=true")
-    said = again.communicate(timeout=200)[0]
-    assert again.returncode == 0, said
+    before = (out / "metrics.jsonl").read_text().splitlines()
+    run_job(*command, "resume=true")
+    said = capsys.readouterr().out
     assert "step    6/6" in said and "step    0/6" not in said
-    assert (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[: len(before)] == before
-    assert_same_bits(patch.read(tmp_path / "out" / "patch")[1], result_of(quiet))
+    assert (out / "metrics.jsonl").read_text().splitlines()[: len(before)] == before
+    assert_same_bits(patch.read(out / "patch")[1], quiet(1))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -271,24 +269,19 @@ def train_owned(folder: str, experts: list[Expert]) -> dict[str, torch.Tensor]:
     return engine.tensors()
 
 
-MEASURED = """
-import sys
-from pathlib import Path
-import torch
-from seuf_ray.checkpoint.folder import Checkpoint
-from seuf_ray.model.loading import load
+def measured_rank(small: str, large: str, num_owned: int, dtype: str) -> tuple[float, float]:
+    """By how many MB loading raises peak and final resident memory of a process that does nothing else."""
+    load(Checkpoint(Path(small)))  # whatever is imported late
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
+    before, owned = status("VmRSS"), range(num_owned)
+    model: Any = load(Checkpoint(Path(large)), getattr(torch, dtype), owned=owned)
+    assert model.model.layers[-1].mlp.experts.down_proj[owned[-1]].any()
+    return status("VmHWM") - before, status("VmRSS") - before
 
-def status(key):
+
+def status(key: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
-
-load(Checkpoint(Path(sys.argv[1])))  # whatever is imported late
-Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-before, owned = status("VmRSS"), range(int(sys.argv[3]))
-model = load(Checkpoint(Path(sys.argv[2])), getattr(torch, sys.argv[4]), owned=owned)
-assert model.model.layers[-1].mlp.experts.down_proj[owned[-1]].any()
-print(status("VmHWM") - before, status("VmRSS") - before)
-"""
 
 
 def save_large(folder: Path) -> Path:
@@ -321,27 +314,12 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(folder)  # pytest would keep it for three more runs
 
 
-@pytest.fixture
-def measure(large: Path, folder: Path) -> Callable[[int, str], tuple[float, float]]:
-    """`measure(num_owned, dtype)`: by how many MB loading raises peak and final resident memory."""
-
-    def call(num_owned: int, dtype: str) -> tuple[float, float]:
-        arguments = [str(folder), str(large), str(num_owned), dtype]
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True
-        )
-        peak, final = map(float, done.stdout.split())
-        return peak, final
-
-    return call
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_owned", "dtype"), [(16, "bfloat16"), (8, "bfloat16"), (8, "float32"), (1, "float32")]
 )
 def test_peak_memory_is_the_weights_that_are_kept(
-    measure: Any, large: Path, num_owned: int, dtype: str
+    folder: Path, large: Path, num_owned: int, dtype: str
 ) -> None:
     checkpoint = Checkpoint(large)
     numel = {name: checkpoint.read(name).numel() for name in checkpoint.files}
@@ -349,7 +327,7 @@ def test_peak_memory_is_the_weights_that_are_kept(
     assert experts / sum(numel.values()) > 0.9
     size = 4 if dtype == "float32" else 2
     kept = (sum(numel.values()) - experts + experts * num_owned / 16) * size / 2**20
-    peak, final = measure(num_owned, dtype)
+    ((peak, final),) = run(measured_rank, 1, str(folder), str(large), num_owned, dtype)
     print(f"{num_owned} of 16 experts, {dtype}: kept {kept:.0f} MB, peak {peak:.0f} MB, final {final:.0f} MB")
     assert 0.9 * kept < final < kept + 20
     assert peak < kept + 20

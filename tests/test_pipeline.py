@@ -133,16 +133,6 @@ def test_the_patched_folder_is_the_trained_model_in_plain_transformers(finished:
     assert (found - original).abs().max() > 1e-3
 
 
-def test_attribution_is_the_same_to_the_last_bit_with_two_actors(
-    finished: Any, artifacts: dict[str, Any], tmp_path: Path
-) -> None:
-    job, _ = finished
-    other = Job(derive(job.config, [f"output_dir={str(tmp_path)!r}", "attribution.num_actors=2"]))
-    again = attribute(other)
-    assert again.digest == artifacts["attribution"].digest
-    assert again.layers == artifacts["attribution"].layers
-
-
 def test_one_worker_trains_the_same_patch_as_two(
     finished: Any, artifacts: dict[str, Any], tmp_path: Path
 ) -> None:

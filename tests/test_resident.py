@@ -55,17 +55,23 @@ def same(record: TrialRecord, other: TrialRecord) -> bool:
     return record.model_copy(update={"seconds": 0.0}) == other.model_copy(update={"seconds": 0.0})
 
 
+@pytest.fixture(scope="module")
+def alone(base: Base) -> list[tuple[TrialRecord, dict[str, Tensor]]]:
+    return [result(fresh(base), assignment) for assignment in ALL]
+
+
 @pytest.mark.parametrize("before", ALL)
-def test_a_trial_after_another_has_the_bits_of_a_fresh_process(base: Base, before: dict[str, Any]) -> None:
+def test_a_trial_after_another_has_the_bits_of_a_fresh_process(
+    base: Base, alone: list[tuple[TrialRecord, dict[str, Tensor]]], before: dict[str, Any]
+) -> None:
     """Overlay, another overlay, in place, adapters, constrained routers: each after each, tensors and figures."""
     resident = fresh(base)
     untouched = {name: resident.model.view(name).clone() for name in resident.model.tensor_names()}
     modules = [type(module) for module in resident.model.module.modules()]
-    for assignment in ALL:
+    for assignment, (expected_record, expected) in zip(ALL, alone, strict=True):
         result(resident, before)
         found, tensors = result(resident, assignment)
-        alone, expected = result(fresh(base), assignment)
-        assert found.status == "finished" and same(found, alone), assignment
+        assert found.status == "finished" and same(found, expected_record), assignment
         assert tensors.keys() == expected.keys() and tensors
         assert all(torch.equal(tensors[name], expected[name]) for name in expected), assignment
     assert all(torch.equal(resident.model.view(name), value) for name, value in untouched.items())

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ SPACE = {
     "training.learning_rate": {"loguniform": [1e-3, 2e-2]},
     "anchor.weight": {"uniform": [0.0, 2.0]},
 }
+Undisturbed = tuple[JobConfig, list[TrialRecord], SearchReport]
 
 
 def config_for(
@@ -50,6 +52,17 @@ def config_for(
     return make_config(
         folder, **more, search=search, cluster={"cpus_per_worker": 1, "max_failures": 1, **(cluster or {})}
     )
+
+
+def assert_same(folder: Path, undisturbed: Undisturbed) -> None:
+    """The search in `folder` ended as the undisturbed one."""
+    config, trials, expected = undisturbed
+    found = SearchReport.read(folder / "search.json")
+    assert comparable(found.trials) == comparable(trials)
+    for name in ("best", "scores", "importance"):
+        assert getattr(found, name) == getattr(expected, name)
+    ours, theirs = (patch.read(at / "patch")[1] for at in (folder, config.output_dir))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def comparable(trials: list[TrialRecord]) -> list[dict[str, Any]]:
@@ -86,33 +99,46 @@ def run(config: JobConfig, report_file: Path) -> tuple[list[TrialRecord], Search
     return trials, finish_search(job, report, trials)
 
 
-def test_a_search_reuses_its_workers_and_leaves_everything(report_file: Path, tmp_path: Path) -> None:
-    """Five trials on two bases; the best patch is the trial's own, bit for bit, run alone on a model of its own."""
+@pytest.fixture(scope="module")
+def undisturbed(report_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """Eight trials on two bases; the last ones know enough to be stopped early."""
+    asked = {"num_trials": 8, "searcher": "optuna", "scheduler": "asha", "grace_steps": 2, "eta": 2}
     config = config_for(
-        tmp_path / "out", SPACE, search={"num_trials": 5, "searcher": "optuna", "max_forget": 1.0}
+        tmp_path_factory.mktemp("undisturbed") / "out",
+        SPACE,
+        inputs={"attribution": str(report_file)},
+        search={**asked, "max_forget": 1.0},
     )
-    trials, found = run(config, report_file)
-    assert [trial.number for trial in trials] == list(range(5))
-    assert {trial.status for trial in trials} == {"finished"}
-    assert len({trial.worker for trial in trials}) <= 2
-    assert found == SearchReport.read(tmp_path / "out" / "search.json")
-    rows = pq.read_table(tmp_path / "out" / "search.parquet").to_pylist()
+    return config, *run(config, report_file)
+
+
+def test_a_search_reuses_its_workers_and_leaves_everything(
+    undisturbed: Undisturbed, report_file: Path, tmp_path: Path
+) -> None:
+    """The best patch is the trial's own, bit for bit, run alone on a model of its own."""
+    config, trials, found = undisturbed
+    out = config.output_dir
+    assert [trial.number for trial in trials] == list(range(8))
+    assert {trial.status for trial in trials} <= {"finished", "stopped"}
+    assert len({trial.worker for trial in trials}) == 2
+    assert found == SearchReport.read(out / "search.json")
+    rows = pq.read_table(out / "search.parquet").to_pylist()
     assert [row["training.learning_rate"] for row in rows] == [
         t.assignment["training.learning_rate"] for t in trials
     ]
-    with (tmp_path / "out" / "search.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 5
-    assert len(list((tmp_path / "out" / "tensorboard").glob("*/events*"))) == 5
-    assert found.best is not None
-    assert [p.stem for p in (tmp_path / "out" / "trials").glob("*.safetensors")] == [f"{found.best:04d}"]
-    manifest, tensors = patch.read(tmp_path / "out" / "patch")
+    with (out / "search.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 8
+    assert len(list((out / "tensorboard").glob("*/events*"))) == 8
+    assert found.best is not None and trials[found.best].status == "finished"
+    assert [p.stem for p in (out / "trials").glob("*.safetensors")] == [f"{found.best:04d}"]
+    manifest, tensors = patch.read(out / "patch")
     assert manifest.fingerprint == found.patches[found.best]
     expected = alone(config, report_file, trials[found.best])
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name].to(tensors[name].dtype)) for name in tensors)
     page = write_search_page(tmp_path / "page.html", found).read_text()
     assert (
-        f"Trial {found.best} is the best of 5" in page and 'class="front"' in page and "thread bold" in page
+        f"Trial {found.best} is the best of 8" in page and 'class="front"' in page and "thread bold" in page
     )
 
 
@@ -145,7 +171,8 @@ def test_trials_that_diverge_or_lose_their_worker_do_not_end_the_search(
         "algorithm.marker": {"grid": [str(tmp_path / "killed")], "when": {"algorithm.name": "faulty.killed"}},
         "algorithm.at_call": {"grid": [3], "when": {"algorithm.name": "faulty.killed"}},
     }
-    trials, found = run(config_for(tmp_path / "out", space, search={"searcher": "grid"}), report_file)
+    asked = {"searcher": "grid", "max_concurrent": 1}
+    trials, found = run(config_for(tmp_path / "out", space, search=asked), report_file)
     by_name = {
         (t.assignment["algorithm.name"], t.assignment.get("training.learning_rate")): t for t in trials
     }
@@ -187,20 +214,18 @@ def test_as_many_trials_at_once_as_there_is_room_for(ray_session: None) -> None:
     assert concurrent(room[0], 2) == 2
 
 
-def _drive(config: JobConfig, folder: Path, *more: str) -> subprocess.Popen[str]:
-    """jobs/search.py on a Ray of its own; a job file of JSON values, which are TOML's too where they are flat."""
+def _command(config: JobConfig, folder: Path) -> list[str]:
+    """jobs/search.py's; a job file of JSON values, which are TOML's too where they are flat."""
     values = config.model_dump(
         mode="json", include={"data", "training", "evaluation", "cluster"}, exclude_unset=True
     )
     tables = [f"[{name}]\n" + _lines(table) for name, table in values.items()]
     search = config.search.model_dump(exclude={"space"}, exclude_unset=True)
     space = "\n".join(f'"{path}" = {{{_pairs(v)}}}' for path, v in config.search.space.items())
-    folder.mkdir(exist_ok=True)
     job_file = folder.with_suffix(".toml")
     job_file.write_text("\n".join([*tables, "[search]", _lines(search), "[search.space]", space]))
-    given = [f"inputs.attribution={str(config.inputs.attribution)!r}", f"output_dir={str(folder)!r}", *more]
-    command = [sys.executable, "jobs/search.py", str(job_file), *given]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    given = [f"inputs.attribution={str(config.inputs.attribution)!r}", f"output_dir={str(folder)!r}"]
+    return ["jobs/search.py", str(job_file), *given]
 
 
 def _lines(table: dict[str, Any]) -> str:
@@ -214,36 +239,50 @@ def _pairs(table: dict[str, Any]) -> str:
 @pytest.mark.chaos
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_and_ends_with_the_undisturbed_table(
-    report_file: Path, tmp_path: Path
+    undisturbed: Undisturbed, tmp_path: Path, ray_address: str, run_job: Callable[..., None]
 ) -> None:
     """Two trials at once; kill -9 when some are over, at a moment of chance; nothing that was over is run again."""
-    asked = {"num_trials": 8, "searcher": "optuna", "scheduler": "asha", "grace_steps": 2, "max_forget": 1.0}
-    config = config_for(tmp_path / "whole", SPACE, inputs={"attribution": str(report_file)}, search=asked)
-    trials, expected = run(config, report_file)
     folder = tmp_path / "killed"
-    driver = _drive(config, folder)
-    for _ in range(1200):
-        if len(list((folder / "trials").glob("*.json"))) >= 2:
-            break
+    command = _command(undisturbed[0], folder)
+    driver = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": ray_address},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while len(list((folder / "trials").glob("*.json"))) < 2:
         assert driver.poll() is None, driver.communicate()[0]
-        time.sleep(0.1)
+        time.sleep(0.05)
     time.sleep(random.random())
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    before = {path.name: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")}
-    again = _drive(config, folder, "resume=true")
-    said = again.communicate(timeout=200)[0]
-    assert again.returncode == 0, said
-    assert {
-        path.name: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")
-    }.items() >= before.items()
-    found = SearchReport.read(folder / "search.json")
-    assert comparable(found.trials) == comparable(trials)
-    assert (found.best, found.scores, found.importance) == (
-        expected.best,
-        expected.scores,
-        expected.importance,
-    )
-    ours, theirs = (patch.read(at / "patch")[1] for at in (folder, tmp_path / "whole"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    before = _stamps(folder)
+    run_job(*command, "resume=true")
+    assert _stamps(folder).items() >= before.items()
+    assert_same(folder, undisturbed)
     assert json.loads((folder / "job.json").read_text())["config"]["search"]["num_trials"] == 8
+
+
+def _stamps(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "trials").glob("*.json")}
+
+
+@pytest.mark.chaos
+@pytest.mark.cluster
+def test_a_node_lost_in_the_middle_of_a_trial_changes_nothing(
+    undisturbed: Undisturbed, report_file: Path, tmp_path: Path
+) -> None:
+    """Two nodes with a trial each; SIGKILL of one's raylet, and the other has to run all that is left alone."""
+    config, folder, notes = undisturbed[0], tmp_path / "lost", tmp_path / "notes"
+    notes.mkdir()
+    slow = {"name": "faulty.slow", "seconds": 0.2, "notes": str(notes)}  # gradient ascent, like undisturbed
+    values = {**config.model_dump(mode="json"), "algorithm": slow, "output_dir": str(folder)}
+    (tmp_path / "job.json").write_text(json.dumps(values))
+    script = Path(__file__).parent / "faulty" / "lost_search_node.py"
+    command = [sys.executable, str(script), str(tmp_path / "job.json"), str(report_file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (notes / "killed").exists() and len(list(notes.iterdir())) == 3
+    assert_same(folder, undisturbed)

@@ -6,16 +6,15 @@ import functools
 import math
 import operator
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed import run
 from test_checkpoint import edit_tensors
-from test_loading import EMBED, HEAD, save_large, save_with
+from test_loading import EMBED, HEAD, save_large, save_with, status
 from tiny import FAMILY_NAMES, VOCAB, save_tiny
 from torch import Tensor, nn
 
@@ -218,40 +217,26 @@ class TestRefused:
         assert held(weights.module) == set()
 
 
-MEASURED = """
-import sys
-from pathlib import Path
-import torch
-from test_streaming import packed_units
-from seuf_ray.checkpoint.folder import Checkpoint
-from seuf_ray.model.loading import Weights
-from seuf_ray.attribution.streaming import HiddenStates, stream
+def measured_rank(small: str, large: str) -> tuple[float, float]:
+    """By how many MB streaming raises peak and final resident memory of a process that does nothing else."""
 
-def status(key):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key + ":")) / 1024
+    def run_through(folder: Path) -> None:
+        units = [("forget", *unit) for unit in packed_units()]
+        stream(Weights(Checkpoint(folder), torch.bfloat16), units, HiddenStates(0, folder / "spill"))
 
-def run(folder):
-    units = [("forget", *unit) for unit in packed_units()]
-    stream(Weights(Checkpoint(folder), torch.bfloat16), units, HiddenStates(0, folder / "spill"))
-
-small, large = map(Path, sys.argv[1:])
-run(small)  # whatever is imported late
-Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
-before = status("VmRSS")
-run(large)
-print(status("VmHWM") - before, status("VmRSS") - before)
-"""
+    run_through(Path(small))  # whatever is imported late
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM = VmRSS
+    before = status("VmRSS")
+    run_through(Path(large))
+    return status("VmHWM") - before, status("VmRSS") - before
 
 
 @pytest.mark.slow
 def test_resident_memory_is_one_layers(tmp_path: Path) -> None:
     """Five layers of 16 experts of 3 x 512 x 1024 in bfloat16, 48 MiB each: the peak is one of them, the end none."""
     small, large = save_tiny(tmp_path / "small", "qwen2_moe"), save_large(tmp_path / "large")
-    command = [sys.executable, "-c", MEASURED, str(small), str(large)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    ((peak, final),) = run(measured_rank, 1, str(small), str(large))
     shutil.rmtree(large)  # pytest would keep it for three more runs
-    peak, final = map(float, done.stdout.split())
     print(f"peak {peak:.0f} MB, final {final:.0f} MB")
     assert 48 < peak < 48 + 30
     assert final < 30

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tasks import make_plan
+from tasks import each, make_plan
 from test_unlearning import EXPERTS, TASK, Rank, Recording, rows_at, targets
 from tiny import save_tiny
 from torch import Tensor
@@ -347,11 +347,11 @@ def test_deepspeed_has_the_figures_of_one_process(
     cluster = {"num_workers": 2, "expert_parallel_size": parallel, "zero_stage": zero}
     on, off = {"anchor_gradient_every": 2}, {"every": 0, "anchor_gradient_every": 0}
     folder = str(checkpoint.folder)
-    (tensors, found), (_, again) = two_processes(deepspeed_rank, folder, cluster, on)
+    jobs = [(folder, cluster, telemetry) for telemetry in (on, off)]
+    ((tensors, found), (without, none)), ((_, again), _) = two_processes(each, deepspeed_rank, jobs)
     made = job(telemetry=on)
     *_, alone = unlearning.run(start(checkpoint, made), made, targets(), TASK)
     assert found == again == pytest.approx(of_steps(alone.metrics), rel=2e-3, abs=1e-5)
-    (without, none), _ = two_processes(deepspeed_rank, folder, cluster, off)
     assert none == {} and same_bits(tensors, without)
 
 

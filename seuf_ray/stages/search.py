@@ -31,6 +31,7 @@ from seuf_ray.stages.unlearn import make_task
 from seuf_ray.unlearning import Progress
 
 Listener = Callable[[TrialRecord, Sequence[TrialRecord], int], None]  # what ended, all that did, of how many
+TOGETHER = {"TUNE_MAX_PENDING_TRIALS_PG": "1000"}  # groups start side by side; `InOrder` knows how many
 QUIET = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the records are ours
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
@@ -73,7 +74,7 @@ def base_of(job: Job, report: AttributionReport) -> Base:
 
 
 def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) -> None:
-    for name, value in QUIET.items():
+    for name, value in (QUIET | TOGETHER).items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     shutil.rmtree(job.path("tune"), ignore_errors=True)
@@ -94,6 +95,8 @@ def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) ->
             name="tune",
             storage_path=str(job.config.output_dir.absolute()),
             failure_config=tune.FailureConfig(max_failures=job.config.cluster.max_failures),
+            # While a trial that is over was being saved, its group was not free, and the next trial began another one.
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             callbacks=[recorder],
             verbose=0,
         ),

@@ -22,6 +22,11 @@ DEFAULTS = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+LOCAL = {  # a laptop's Ray
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # its terminal; clusters keep their logs
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes its node away: a process less for each group
+}
+
 
 @contextmanager
 def session(cluster: ClusterConfig) -> Iterator[None]:
@@ -32,9 +37,8 @@ def session(cluster: ClusterConfig) -> Iterator[None]:
             os.environ.setdefault(key, value)
         arguments = _arguments(cluster)
         if arguments.get("address") == "local":
-            os.environ.setdefault(
-                "RAY_BACKEND_LOG_LEVEL", "fatal"
-            )  # a laptop's terminal; clusters keep their logs
+            for key, value in LOCAL.items():
+                os.environ.setdefault(key, value)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         ray.init(**arguments)
     try:

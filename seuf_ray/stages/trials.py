@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import traceback
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
@@ -41,31 +41,43 @@ TIMEOUT = timedelta(minutes=30)  # of one exchange between ranks
 class TrialWorker(tune.Trainable):
     """Rank 0 of a worker group; one call of `step` is one small evaluation of the current trial."""
 
+    peers: Sequence[Any] = ()  # the other ranks
+    resident: Resident | None = None
+    moments: Generator[Moment] | None = None  # of the current trial, once it has begun
+
     def setup(self, config: dict[str, Any], base: Base, folder: str) -> None:
-        """Load the base; `folder` gets the trained tensors."""
-        self.folder, self.peers = Path(folder), []
-        size = base.config.cluster.num_workers
-        if size > 1:
-            reference, address = ray.put(base), _free_address()
-            self.peers = [_peer(base.config.cluster, rank) for rank in range(1, size)]
-            for peer in self.peers:
-                peer.start.remote(reference, address)
-            join(0, base.config.cluster, address)
-        self.resident = load_resident(base, 0)
-        self.begin(config)
+        """Nothing is loaded yet; `folder` gets the trained tensors."""
+        self.base, self.folder, self.trial = base, Path(folder), read_trial(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Another trial for the same base."""
-        self.moments.close()
-        self.begin(new_config)
+        if self.moments is not None:
+            self.moments.close()
+        self.trial, self.moments = read_trial(new_config), None
         return True
 
-    def begin(self, config: dict[str, Any]) -> None:
-        trial = read_trial(config)
-        self.others = [peer.run.remote(trial) for peer in self.peers]
-        self.moments: Generator[Moment] = self.resident.run(trial)
+    def _load(self) -> Resident:
+        """The base, in the first step: to Tune the group is up by then.
+
+        Tune gives the trial of a group that is still starting to whichever group is free first, stops the starting one
+        and starts another: with trials shorter than loading there would never be a second group.
+        """
+        size = self.base.config.cluster.num_workers
+        if size > 1:
+            reference, address = ray.put(self.base), _free_address()
+            self.peers = [_peer(self.base.config.cluster, rank) for rank in range(1, size)]
+            for peer in self.peers:
+                peer.start.remote(reference, address)
+            join(0, self.base.config.cluster, address)
+        return load_resident(self.base, 0)
+
+    def _begin(self) -> Generator[Moment]:
+        self.resident = self.resident or self._load()
+        self.others = [peer.run.remote(self.trial) for peer in self.peers]
+        return self.resident.run(self.trial)
 
     def step(self) -> dict[str, Any]:
+        self.moments = self.moments or self._begin()
         moment = next(self.moments)
         told = {"step": moment.step, "metrics": moment.metrics, "done": moment.record is not None}
         if moment.record is None:
@@ -75,12 +87,6 @@ class TrialWorker(tune.Trainable):
         self.moments.close()
         ray.get(self.others)
         return {**told, "record": moment.record.model_dump_json()}
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """A trial that is lost begins again: it is short, and ends with the same bits."""
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing was saved."""
 
     def cleanup(self) -> None:
         for peer in self.peers:

@@ -9,6 +9,7 @@ import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
@@ -40,11 +41,17 @@ class Watched(Meter):
         super().count(tokens)
 
 
-def main() -> None:
+def two_nodes(head_cpus: int) -> tuple[Cluster, Any]:
+    """A cluster whose head this process is connected to, and its other node, of one CPU."""
     shared = {"include_dashboard": False, "object_store_memory": 100 << 20, "_system_config": FAST}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, **shared})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head_cpus, **shared})
     node = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)
+    return cluster, node
+
+
+def main() -> None:
+    cluster, node = two_nodes(head_cpus=2)
     job = Job(validate(json.loads(Path(sys.argv[1]).read_text())))
     stage.Meter = Watched  # type: ignore[misc]
     done: list[str] = []
