@@ -120,12 +120,14 @@ def test_a_set_ends_with_the_unit_that_reaches_the_tokens_asked_for(tokenizer: A
     assert list(first_tokens(iter(units), 10**9)) == units
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "max_rows", "csv"])
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "max_rows", "csv", "json"])
 def test_units_say_how_much_of_their_set_they_are(tokenizer: Any, tmp_path: Path, kind: str) -> None:
     """Thousands of texts in several chunks: shares add up to 1, and each is about that of its tokens."""
     texts, path, limits = embedded_texts("chemistry") * 4, tmp_path / f"x.{kind}", {}
     if kind == "parquet":
         pq.write_table(pa.table({"text": texts}), path)
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
     elif kind == "csv":
         path.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
     else:

@@ -56,7 +56,8 @@ class File:
         options = {"block_size": 0} if _is_web(self.system) else {}
         raw = self.system.open(self.path, "rb", **options)
         stream, size = io.BufferedReader(raw, 2**20), getattr(raw, "size", None)
-        self.told = lambda: stream.tell() / size if size and not stream.closed else 0.0
+        if size:  # not every web server says
+            self.told = lambda: _told(stream, size)
         return stream
 
     def seekable(self) -> io.BufferedReader:
@@ -68,6 +69,15 @@ class File:
         with self.stream() as whole:
             shutil.copyfileobj(whole, copy)
         return cast(io.BufferedReader, copy)
+
+
+def _told(stream: io.BufferedReader, size: int) -> float:
+    try:
+        return stream.tell() / size
+    except OSError:  # a file system that does not know where it is
+        return 0.0
+    except ValueError:  # closed
+        return 1.0
 
 
 def _is_web(system: AbstractFileSystem) -> bool:
@@ -115,7 +125,6 @@ def _json(file: File) -> Iterator[Item]:
     """An array of objects, one object, or (TOFU's .json files) JSON lines."""
     with file.stream() as stream:
         text = stream.read().decode("utf-8-sig", errors="surrogateescape")
-    file.told = float  # of the file all, of its records nobody knows
     value = _parse(text)
     if isinstance(value, list):
         yield from _json_array(file, text)
@@ -138,6 +147,7 @@ def _json_array(file: File, text: str) -> Iterator[Item]:
             return
         line, counted = line + text.count("\n", counted, position), position
         value, position = decoder.raw_decode(text, position)
+        file.told = functools.partial(operator.truediv, position, len(text))
         yield f"{file.name}:{line}", value
 
 
@@ -180,7 +190,9 @@ def _arrow(file: File) -> Iterator[Item]:
 
 def _file_batches(file: File) -> Iterator[pa.RecordBatch]:
     with file.seekable() as seekable, pa.ipc.open_file(seekable) as table:
-        yield from (table.get_batch(number) for number in range(table.num_record_batches))
+        for number in range(table.num_record_batches):
+            file.told = functools.partial(operator.truediv, number, table.num_record_batches)
+            yield table.get_batch(number)
 
 
 Reader = Callable[[File], Iterator[Item]]

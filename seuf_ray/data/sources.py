@@ -117,7 +117,8 @@ class Reading(Generic[Value]):
             yield value
             if self.num_records == most:
                 return
-        self._extent.enter(1, 1)
+        if self._extent.share:  # else nobody could tell on the way, and all of it at the end would mislead
+            self._extent.enter(1, 1)
         if not self.num_records:
             why = f"no usable row; {self.first_bad}" if self.num_bad else "empty, no row at all"
             raise DataError(f"{shown(self.source)}: {why}")
