@@ -118,7 +118,7 @@ def show_topics(comparison: TopicComparison) -> None:
     """Two topics side by side: overlap of their top experts, rank correlation, the best expert of each."""
     a, b = (", ".join(sources) for sources in comparison.sources)
     print(f"A: {a}\nB: {b}\nby {comparison.score}; overlap of the top {comparison.top_m}\n")
-    print(f"{'':8s} {'overlap':>8s} {'rank correlation':>17s}   best expert of A, of B")
+    print(f"{'':8s} {'overlap':>8s} {'rank correlation':>17s}   best layer/expert of A, of B")
     for row in comparison.rows:
         name = "model" if row.layer is None else f"layer {row.layer}"
         (layer_a, best_a), (layer_b, best_b) = row.best
