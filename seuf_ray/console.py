@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -29,6 +31,9 @@ def show_attribution(report: AttributionReport) -> None:
     """The leading experts, and the warnings."""
     data = report.data
     print(f"  {data.num_tokens:,} forget tokens in {data.num_rows:,} rows from {', '.join(data.sources)}")
+    for texts in (data, report.retain):
+        if texts is not None and texts.num_bad_rows:
+            print(f"  {texts.num_bad_rows:,} malformed rows left out, the first is {texts.first_bad}")
     layers, ranked = {row.layer: row for row in report.layers}, report.ranked()
     for (score, (layer, expert)), (following, _) in pairwise(ranked[:6]):
         lead = f"{score / following:.2f} x the next" if following else ""
@@ -41,46 +46,79 @@ def show_attribution(report: AttributionReport) -> None:
 
 
 class Meter:
-    """Says every few seconds how many tokens are done, how fast, and, where the total is known, how long it will take.
+    """Says every few seconds how many tokens are done, how fast, and how long the rest will take.
 
     Args:
-        max_tokens: of each set; None: nobody knows how many there are.
+        max_tokens: of each set; None: all there are.
         num_sets: that are counted together.
     """
 
-    def __init__(self, max_tokens: int | None, num_sets: int = 1, every: float = 5.0) -> None:
-        self.total = None if max_tokens is None else max_tokens * num_sets
-        self.every, self.tokens = every, 0
-        self._started = self._shown = time.perf_counter()
+    def __init__(self, max_tokens: int | None = None, num_sets: int = 1, every: float = 5.0) -> None:
+        self.max_tokens, self.num_sets, self.every = max_tokens, num_sets, every
+        self._tokens: Counter[str] = Counter()
+        self._shares: defaultdict[str, float] = defaultdict(float)
+        self._started: float | None = None
+        self._first = 0
 
-    def count(self, tokens: int) -> None:
-        """So many more."""
-        self.tokens += tokens
+    def count(self, tokens: int, data: str, share: float) -> None:
+        """So many more tokens of set `data`, about this `share` of it (0: nobody knows)."""
+        self._tokens[data] += tokens
+        self._shares[data] += share
         now = time.perf_counter()
-        if now - self._shown >= self.every:
+        if self._started is None:  # before the first result models were loaded, which tells nothing of speed
+            self._started = self._shown = now
+            self._first = tokens
+        elif now - self._shown >= self.every:
             self._shown = now
             print(f"  {self.line(now - self._started)}", flush=True)
 
     def line(self, seconds: float) -> str:
-        """`1,234 of at most 20,000 tokens, 620 a second, at most 30 s to go`."""
-        speed = self.tokens / seconds
-        if self.total is None:
-            return f"{self.tokens:,} tokens, {speed:,.0f} a second"
-        left = max(self.total - self.tokens, 0) / max(speed, 1e-9)
-        return f"{self.tokens:,} of at most {self.total:,} tokens, {speed:,.0f} a second, at most {left:,.0f} s to go"
+        """`[####----------------]  20 %  1,234 of about 6,170 tokens, 620 a second, 8 s to go`.
+
+        Args:
+            seconds: since the first result.
+        """
+        done = self._tokens.total()
+        speed = (done - self._first) / seconds
+        if (total := self._total()) is None:
+            return f"{done:,} tokens, {speed:,.0f} a second"
+        share, left = min(done / total, 1.0), (total - done) / max(speed, 1e-9)
+        return f"{bar(share)}  {done:,} of about {total:,} tokens, {speed:,.0f} a second, {left:,.0f} s to go"
+
+    def _total(self) -> int | None:
+        """Tokens of all sets, by what has come of each; None while nothing can be said of one."""
+        totals = [self._tokens[name] / share for name, share in self._shares.items() if share > 0]
+        if len(totals) < self.num_sets:
+            return (
+                None
+                if self.max_tokens is None
+                else max(self.num_sets * self.max_tokens, self._tokens.total())
+            )
+        most = math.inf if self.max_tokens is None else self.max_tokens
+        return max(round(sum(min(total, most) for total in totals)), self._tokens.total())
 
 
-def show_layer(done: int, layers: int, seconds: float, bytes_read: int) -> None:
-    """One layer of a streamed pass is done."""
+def bar(share: float, width: int = 20) -> str:
+    """`[#####---------------]  25 %`."""
+    full = int(share * width)
+    return f"[{'#' * full}{'-' * (width - full)}] {share:4.0%}"
+
+
+def show_layer(done: int, layers: int, seconds: float, tokens: int, bytes_read: int) -> None:
+    """One layer of a streamed pass is done; `tokens` of them went through it."""
     left = seconds / done * (layers - done)
-    print(f"  layer {done} of {layers}, {bytes_read / 2**30:.2f} GiB read, {left:,.0f} s to go", flush=True)
+    print(
+        f"  {bar(done / layers)}  layer {done} of {layers}, {bytes_read / 2**30:.2f} GiB read, "
+        f"{tokens * done / layers / seconds:,.0f} tokens a second, {left:,.0f} s to go",
+        flush=True,
+    )
 
 
 def show_topics(comparison: TopicComparison) -> None:
     """Two topics side by side: overlap of their top experts, rank correlation, the best expert of each."""
     a, b = (", ".join(sources) for sources in comparison.sources)
     print(f"A: {a}\nB: {b}\nby {comparison.score}; overlap of the top {comparison.top_m}\n")
-    print(f"{'':8s} {'overlap':>8s} {'rank correlation':>17s}   best expert of A, of B")
+    print(f"{'':8s} {'overlap':>8s} {'rank correlation':>17s}   best layer/expert of A, of B")
     for row in comparison.rows:
         name = "model" if row.layer is None else f"layer {row.layer}"
         (layer_a, best_a), (layer_b, best_b) = row.best

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import records
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -583,6 +584,22 @@ class TestRealTraces:
         found = esft_experts(report, 0.2)
         for row in report.layers:
             assert [e for layer, e in found if layer == row.layer] == released[str(row.layer)], row.layer
+
+    def test_esfts_rule_chooses_the_released_experts_for_intent_as_well(self, traces: Traces) -> None:
+        """Only its token shares were released, rounded: layer 9's add up to 1.0006, and four of them to .2001."""
+        summary = json.loads((TRACES / "summary_intent.json").read_text())["token_scores"]
+        released = json.loads((TRACES / "expert_config_intent.json").read_text())["experts"]
+        shares = {
+            layer: [summary[str(layer)][str(e)] for e in range(64)] for layer in traces.shape.moe_layers
+        }
+        layers = [
+            LayerScores(layer=at, affinity=[], router_score=[], token_share=s) for at, s in shares.items()
+        ]
+        report = records.attribution(1).model_copy(update={"layers": layers, "score": "token_share"})
+        found = esft_experts(report, 0.2)
+        assert {layer: [e for at, e in found if at == layer] for layer in shares} == {
+            int(layer): experts for layer, experts in released.items()
+        }
 
     def test_affinity_is_not_the_mean_over_tokens_there_either(
         self, traces: Traces, traced: list[RoutingStatistics], qwen: Checkpoint

@@ -53,6 +53,7 @@ def test_an_empty_job_only_needs_a_folder(tmp_path: Path) -> None:
         ("targets.scope=explicit", ["targets", "belong together"]),
         ("targets.experts=[[1, 2]]", ["targets", "belong together"]),
         ("data.forget=[]", ["data.forget", "at least 1"]),
+        ("data.retain=''", ["data.retain", "at least 1 character"]),
         ("cluster.num_workers=3", None),
         ("training.steps.x=3", ["training.steps: Input should be a valid integer"]),
         ("steps", ["'steps'", "dotted.path=value"]),

@@ -99,6 +99,25 @@ class TestTexts:
         (tmp_path / "empty").mkdir()
         assert "no file that can be read" in refusal(tmp_path / "empty")
 
+    def test_what_datasets_saved_to_disk(self, tmp_path: Path) -> None:
+        """Its Arrow files in order; of several splits one must be named. Arrow files that are no streams read alike."""
+        import datasets
+
+        rows = datasets.Dataset.from_dict({"text": list("abcdefg")})
+        rows.save_to_disk(tmp_path / "one", num_shards=2)
+        assert read_texts(str(tmp_path / "one"), CONFIG)[0] == list("abcdefg")
+        datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+        assert f"name one of them; allowed: {tmp_path}/two/test, {tmp_path}/two/train" in refusal(
+            tmp_path / "two"
+        )
+        assert read_texts(f"file://{tmp_path}/two/test", CONFIG)[1].num_records == 7
+        with pa.ipc.new_file(path := tmp_path / "file.arrow", rows.data.table.schema) as file:
+            file.write_table(rows.data.table)
+        assert read_texts(str(path), CONFIG)[0] == list("abcdefg")
+        assert f"{path}:1: no column 'body'" in refusal(path, text_field="body")
+        path.write_bytes(b"no Arrow")
+        assert f"{path}: cannot be read" in refusal(path)
+
     def test_one_object_and_another_column(self, tmp_path: Path) -> None:
         path = written(tmp_path / "intro.json", '{\n "target": "X",\n "intro": "Forget X."\n}\n')
         assert read_texts(str(path), DataConfig(text_field="intro"))[0] == ["Forget X."]
@@ -195,10 +214,11 @@ class TestTexts:
     def test_other_suffixes_are_refused_with_the_allowed_ones(self, tmp_path: Path) -> None:
         message = refusal(written(tmp_path / "a.pdf", "x"))
         assert (
-            "files .pdf are not read here; allowed: .csv, .json, .jsonl, .md, .parquet, .raw, .txt" in message
+            "files .pdf are not read here; allowed: .arrow, .csv, .json, .jsonl, .md, .parquet, .raw, .txt"
+            in message
         )
         text = written(tmp_path / "a.txt", "x")
-        assert "allowed: .csv, .json, .jsonl, .parquet" in refusal(text, read_questions)
+        assert "allowed: .arrow, .csv, .json, .jsonl, .parquet" in refusal(text, read_questions)
 
 
 class TestHub:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from records import MODEL, attribution, comparison, evaluation, job, metrics, plan
 
-from seuf_ray.report import charts, console_table, write_report
+from seuf_ray.report import charts, console_table, write_attribution_page, write_report
 
 # -- reading the page --------------------------------------------------------------------------------------------
 
@@ -243,3 +243,14 @@ def test_an_early_end_is_told_with_the_step_that_was_kept(tmp_path: Path) -> Non
     assert "guards.max_kl = 0.5 violated &lt;here&gt;. The patch holds the tensors of step 4." in text
     whole = write_report(tmp_path / "w.html", attribution(), plan(), metrics(), after, after).read_text()
     assert "Training ended early" not in whole
+
+
+def test_the_page_of_an_attribution_says_what_was_left_out_and_what_was_compared(tmp_path: Path) -> None:
+    report = attribution()
+    bad = report.data.model_copy(update={"first_bad": "x.jsonl:17: not <JSON>"})
+    report = report.model_copy(update={"data": bad, "retain": report.data, "score": "contrast"})
+    text = write_attribution_page(tmp_path / "attribution.html", report).read_text()
+    assert "1,200 in 1,210 rows, 2 malformed, the first x.jsonl:17: not &lt;JSON&gt;" in text
+    assert "retain texts" in text and report.warnings[0].replace("'", "&#x27;") in text
+    heads = Page(text).rows[0]
+    assert heads[2:5] == ["contrast", "affinity on retain text", "margin to the next"]

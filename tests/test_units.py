@@ -120,6 +120,31 @@ def test_a_set_ends_with_the_unit_that_reaches_the_tokens_asked_for(tokenizer: A
     assert list(first_tokens(iter(units), 10**9)) == units
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "max_rows", "csv", "json"])
+def test_units_say_how_much_of_their_set_they_are(tokenizer: Any, tmp_path: Path, kind: str) -> None:
+    """Thousands of texts in several chunks: shares add up to 1, and each is about that of its tokens."""
+    texts, path, limits = embedded_texts("chemistry") * 4, tmp_path / f"x.{kind}", {}
+    if kind == "parquet":
+        pq.write_table(pa.table({"text": texts}), path)
+    elif kind == "json":
+        path.write_text(json.dumps([{"text": text} for text in texts]))
+    elif kind == "csv":
+        path.write_text("text\n" + "".join(f'"{text}"\n' for text in texts))
+    else:
+        path = path.with_suffix(".jsonl")
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    if kind == "max_rows":
+        limits = {"max_rows": len(texts) * 3 // 4}
+    chunks = list(read_chunks("forget", [str(path)], DataConfig(**limits)))
+    units = [unit for chunk in chunks for unit in pack_chunk(chunk, tokenizer, 64, 4)]
+    total = sum(len(unit["tokens"]) for unit in units)
+    assert len(chunks) > 2 and sum(unit["share"] for unit in units) == pytest.approx(1.0)
+    read = 0.0
+    for unit in units:
+        read += unit["share"] - len(unit["tokens"]) / total
+        assert abs(read) < 0.05
+
+
 def test_malformed_rows_are_accounted_for_where_they_lie(tokenizer: Any, tmp_path: Path) -> None:
     lines = [json.dumps({"text": text}) for text in TEXTS[:50]]
     (tmp_path / "x.jsonl").write_text(

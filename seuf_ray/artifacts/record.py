@@ -90,13 +90,14 @@ class Artifact(Record):
     def read(cls, path: Path) -> Self:
         """Raises ConfigError for a missing or malformed file, MismatchError for one that was changed by hand."""
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = dict(json.loads(path.read_text(encoding="utf-8")))
             claimed = document.pop("fingerprint")
             artifact = cls.model_validate(document)
         except FileNotFoundError as error:
             raise ConfigError(f"{path}: no such file; run the stage that makes it first") from error
         except (ValidationError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ConfigError(f"{path}: not a {cls.__name__}: {error}") from error
+            why = f"no key {error}" if isinstance(error, KeyError) else error
+            raise ConfigError(f"{path}: not a {cls.__name__}: {why}") from error
         if artifact.fingerprint != claimed:
             raise MismatchError(
                 f"{path}: content {artifact.fingerprint[:12]} differs from its fingerprint {claimed[:12]}"

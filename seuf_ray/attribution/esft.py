@@ -27,7 +27,8 @@ def esft_experts(report: AttributionReport, share: float) -> list[Expert]:
 
 def _leading(row: LayerScores, report: AttributionReport, share: float) -> Iterator[int]:
     values = row.values(report.score)
-    total, reached = sum(values), 0.0
+    # Token shares add up to 1, and ESFT takes its rounded ones as if they did.
+    total, reached = 1.0 if report.score == "token_share" else sum(values), 0.0
     for index in sorted(range(len(values)), key=lambda i: (-values[i], i)):
         yield index
         reached += values[index]

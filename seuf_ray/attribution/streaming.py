@@ -98,14 +98,14 @@ def stream(
         units: at least one; they stay in memory, at about 20 bytes a token.
         hidden: where hidden states are between two layers.
         device: where to compute.
-        progress: called after each layer with (layers done, layers to do, seconds since the beginning).
+        progress: called after each layer with (layers done, layers to do, seconds since the first began).
 
     Raises:
         ConfigError: a shard has become unreadable, or hidden states find no room.
         DataError: router logits are not finite.
     """
-    passes, started = _Passes(weights, hidden, device), time.monotonic()
-    embedded = passes.embed(units)
+    passes = _Passes(weights, hidden, device)
+    embedded, started = passes.embed(units), time.monotonic()
     found: dict[str, list[RoutingStatistics]] = {name: [] for name, *_ in embedded}
     for layer in range(passes.last + 1):
         for name, sums in passes.layer(layer, embedded).items():

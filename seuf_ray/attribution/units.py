@@ -23,23 +23,34 @@ Record = dict[str, Any]
 
 CHUNK_TEXTS, CHUNK_CHARACTERS = 4096, 2**18  # of one chunk; the text that goes beyond is its last
 MAX_PIECES = 2**20  # of one text; an index is the text's number times this, plus the piece's
-ACCOUNT = ("data", "chunk", "unit", "is_last_unit", "is_last_chunk", "num_texts", "num_bad", "first_bad")
+ACCOUNT = (
+    "data",
+    "chunk",
+    "unit",
+    "is_last_unit",
+    "is_last_chunk",
+    "num_texts",
+    "num_bad",
+    "first_bad",
+    "share",
+)
 
 
 def read_chunks(data: str, sources: Sequence[str], config: DataConfig) -> Iterator[Record]:
     """The texts of one set in chunks: `data`, `chunk` (from 0), `texts`, `first_text` (its number in the set).
 
-    Beside them `is_last_chunk`, `num_bad` malformed rows on the way to this chunk's end, and `first_bad`, where the
-    first one of the set is.
+    Beside them `is_last_chunk`, `num_bad` malformed rows on the way to this chunk's end, `first_bad`, where the
+    first one of the set is, and `share`, about how much of the set this chunk is (0 where that cannot be told).
 
     Raises:
         DataError: a source is missing or empty, or has more malformed rows than `config.max_bad_rows`.
     """
     readings = [stream_texts(source, config) for source in sources]
-    first_text = counted = 0
+    first_text, counted, before = 0, 0, 0.0
     texts = (text for reading in readings for text in reading)
     for chunk, (group, is_last) in enumerate(_chunked(texts)):
         num_bad = sum(reading.num_bad for reading in readings)
+        share = sum(reading.share for reading in readings) / len(readings)
         yield {
             "data": data,
             "chunk": chunk,
@@ -48,8 +59,9 @@ def read_chunks(data: str, sources: Sequence[str], config: DataConfig) -> Iterat
             "first_text": first_text,
             "num_bad": num_bad - counted,
             "first_bad": next((reading.first_bad for reading in readings if reading.num_bad), ""),
+            "share": share - before,
         }
-        first_text, counted = first_text + len(group), num_bad
+        first_text, counted, before = first_text + len(group), num_bad, share
 
 
 def _chunked(texts: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
@@ -86,6 +98,7 @@ def pack_chunk(chunk: Record, tokenizer: Tokenizer, sequence_length: int, unit_r
             "unit": unit,
             "is_last_unit": unit == len(groups) - 1,
             "num_bad": 0 if unit else chunk["num_bad"],
+            "share": chunk["share"] / len(groups),
             **_contents(rows, pieces),
         }
 

@@ -39,6 +39,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Sources = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+Source = Annotated[str, Field(min_length=1)]  # "" would be the folder that the job runs in
+Sources = Annotated[list[Source], BeforeValidator(_as_list), Field(min_length=1)]
 Algorithm = Annotated[SerializeAsAny[Plugin], BeforeValidator(_plugin("algorithm"))]
 Anchor = Annotated[SerializeAsAny[Plugin], BeforeValidator(_plugin("anchor"))]

@@ -1,23 +1,27 @@
 """Files of records, here or wherever fsspec reaches (`s3://`, `gs://`, `https://`, `hf://`, ...).
 
-    .jsonl .json .csv .parquet     records, each a dict of columns
+    .jsonl .json .csv              records, each a dict of columns
+    .parquet .arrow                the same; Arrow files or streams, such as `Dataset.save_to_disk` writes
     .txt .raw .md                  one text a line
 
 Files are read from their beginning to their end as they come, never as a whole: but for .json, and for parquet from a
-web server that does not serve parts. A record comes with its place, "file:line" ("file:row" in parquet).
+web server that does not serve parts. A record comes with its place, "file:line" ("file:row" in parquet and Arrow).
 """
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
+import operator
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 
@@ -27,7 +31,7 @@ from seuf_ray.errors import DataError
 Item = tuple[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class File:
     """One file of a source.
 
@@ -35,16 +39,26 @@ class File:
         name: what messages call it.
         system: who has it.
         path: what it is called there.
+        told: what `share` is.
     """
 
     name: str
     system: AbstractFileSystem
     path: str
+    told: Callable[[], float] = float
+
+    def share(self) -> float:
+        """How much of it has been read, while it is; 0 where that cannot be told."""
+        return self.told()
 
     def stream(self) -> io.BufferedReader:
         """Its bytes, from the beginning to the end; a web server need not serve parts for that."""
         options = {"block_size": 0} if _is_web(self.system) else {}
-        return io.BufferedReader(self.system.open(self.path, "rb", **options), 2**20)
+        raw = self.system.open(self.path, "rb", **options)
+        stream, size = io.BufferedReader(raw, 2**20), getattr(raw, "size", None)
+        if size:  # not every web server says
+            self.told = lambda: _told(stream, size)
+        return stream
 
     def seekable(self) -> io.BufferedReader:
         """Its bytes in any order: those that are asked for, if the server serves parts, else a copy of all."""
@@ -55,6 +69,15 @@ class File:
         with self.stream() as whole:
             shutil.copyfileobj(whole, copy)
         return cast(io.BufferedReader, copy)
+
+
+def _told(stream: io.BufferedReader, size: int) -> float:
+    try:
+        return stream.tell() / size
+    except OSError:  # a file system that does not know where it is
+        return 0.0
+    except ValueError:  # closed
+        return 1.0
 
 
 def _is_web(system: AbstractFileSystem) -> bool:
@@ -124,6 +147,7 @@ def _json_array(file: File, text: str) -> Iterator[Item]:
             return
         line, counted = line + text.count("\n", counted, position), position
         value, position = decoder.raw_decode(text, position)
+        file.told = functools.partial(operator.truediv, position, len(text))
         yield f"{file.name}:{line}", value
 
 
@@ -151,9 +175,32 @@ def _csv(file: File) -> Iterator[Item]:
 def _parquet(file: File) -> Iterator[Item]:
     with file.seekable() as seekable, pq.ParquetFile(seekable) as table:
         rows = (row for batch in table.iter_batches(batch_size=1024) for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            file.told = functools.partial(operator.truediv, number, table.metadata.num_rows)
+            yield f"{file.name}:{number}", row
+
+
+def _arrow(file: File) -> Iterator[Item]:
+    with file.stream() as stream:
+        is_file = stream.peek(6)[:6] == b"ARROW1"
+        batches = _file_batches(file) if is_file else pa.ipc.open_stream(stream)
+        rows = (row for batch in batches for row in batch.to_pylist())
         yield from ((f"{file.name}:{number}", row) for number, row in enumerate(rows, 1))
 
 
+def _file_batches(file: File) -> Iterator[pa.RecordBatch]:
+    with file.seekable() as seekable, pa.ipc.open_file(seekable) as table:
+        for number in range(table.num_record_batches):
+            file.told = functools.partial(operator.truediv, number, table.num_record_batches)
+            yield table.get_batch(number)
+
+
 Reader = Callable[[File], Iterator[Item]]
-TABLES: dict[str, Reader] = {".jsonl": _json_lines, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+TABLES: dict[str, Reader] = {
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".csv": _csv,
+}
 PLAIN = (".txt", ".raw", ".md")

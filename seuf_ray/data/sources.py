@@ -1,8 +1,9 @@
 """What a source may be, and the one reader of its records, which says what it found.
 
     embedded:DOMAIN                the data in the package
-    PATH                           a table (.jsonl .json .parquet .csv), or one text a line (.txt .raw .md)
-    FOLDER, PATTERN*               all such files below it, or that match, in sorted order
+    PATH                           a table (.jsonl .json .parquet .arrow .csv), or one text a line (.txt .raw .md)
+    FOLDER, PATTERN*               all such files below it, or that match, in sorted order; also what
+                                   `Dataset.save_to_disk` left
     hf:ORG/NAME[:CONFIG][:SPLIT]   a Hugging Face dataset; also plain ORG/NAME where there is no such path
     PROTOCOL://...                 a path, a folder (https: with / at its end) or a pattern that fsspec reaches
 
@@ -14,9 +15,9 @@ in a URL are refused as far as they can be told, and what follows a "?" is in no
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,17 +27,15 @@ from fsspec import AbstractFileSystem
 
 from seuf_ray import embedded
 from seuf_ray.config import DataConfig
+from seuf_ray.data.folders import files_of, shown, suffix_of
 from seuf_ray.data.formats import PLAIN, TABLES, File, Item, read_lines
 from seuf_ray.errors import DataError
 
 Value = TypeVar("Value")
 
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?::([^:/]*))?(?::([^:/]*))?")
-# User and password, a user alone on the web, and everything from "?" on.
-IN_URL = re.compile(r"(?<=://)[^/@?]*:[^/@?]*@|(?<=https://)[^/@?]*@|(?<=http://)[^/@?]*@|\?.*", re.DOTALL)
 NOT_FOUND = "no such file or folder"
 OTHER_FILES = {
-    ".arrow",
     ".bz2",
     ".gz",
     ".ndjson",
@@ -59,6 +58,21 @@ class Found:
     first_bad: str = ""  # file:line and reason of the first malformed one
 
 
+class Extent:
+    """How much of a source has been read: its parts count alike."""
+
+    def __init__(self) -> None:
+        self.enter(0, 1)
+
+    def enter(self, part: int, of: int, within: Callable[[], float] = float) -> None:
+        """The first `part` of `of` parts are done, and of the next one what `within` says."""
+        self._part, self._of, self._within = part, of, within
+
+    @property
+    def share(self) -> float:
+        return (self._part + self._within()) / self._of
+
+
 class Reading(Generic[Value]):
     """One pass over the records of a source: usable ones as values, in order, and what was found so far.
 
@@ -78,11 +92,20 @@ class Reading(Generic[Value]):
         self.source, self.config, self.convert, self.questions = source, config, convert, questions
         self.num_records = self.num_bad = 0
         self.first_bad = ""
+        self._extent = Extent()
+
+    @property
+    def share(self) -> float:
+        """How much of what is asked for has been read, about; 0 where that cannot be told."""
+        by_rows = (
+            self.num_records / self.config.max_rows if self.config.max_rows and not self.questions else 0.0
+        )
+        return min(max(self._extent.share, by_rows), 1.0)
 
     def __iter__(self) -> Iterator[Value]:
         """Raises DataError: no such source, no usable record, or more malformed ones than `config.max_bad_rows`."""
         most = None if self.questions else self.config.max_rows
-        for where, record in _items(self.source, self.config.text_field, self.questions):
+        for where, record in _items(self.source, self.config.text_field, self.questions, self._extent):
             try:
                 if isinstance(record, ValueError):
                     raise record
@@ -94,6 +117,8 @@ class Reading(Generic[Value]):
             yield value
             if self.num_records == most:
                 return
+        if self._extent.share:  # else nobody could tell on the way, and all of it at the end would mislead
+            self._extent.enter(1, 1)
         if not self.num_records:
             why = f"no usable row; {self.first_bad}" if self.num_bad else "empty, no row at all"
             raise DataError(f"{shown(self.source)}: {why}")
@@ -111,38 +136,39 @@ class Reading(Generic[Value]):
             )
 
 
-def shown(source: str) -> str:
-    """A source as messages and artifacts name it: without what may be a credential in a URL."""
-    return IN_URL.sub("", source) if "://" in source else source
-
-
-def _items(source: str, text_field: str, questions: bool) -> Iterator[Item]:
+def _items(source: str, text_field: str, questions: bool, extent: Extent) -> Iterator[Item]:
     """The rows of `source` with their places; files that hold plain lines have no questions."""
     if source.startswith("embedded:"):
-        return _embedded(source, text_field, questions)
+        return _embedded(source, text_field, questions, extent)
     if "://" in source:
-        return _remote(source, text_field, questions)
+        return _remote(source, text_field, questions, extent)
     if source.startswith("hf:"):
-        return _hub(source, source.removeprefix("hf:"))
+        return _hub(source, source.removeprefix("hf:"), extent)
     path = Path(source).expanduser()
     if path.exists() or "*" in source:
-        return _records(fsspec.filesystem("file"), str(path), str(path), text_field, questions)
+        return _records(fsspec.filesystem("file"), str(path), str(path), text_field, questions, extent)
     is_data_file = path.suffix.lower() in {*TABLES, *PLAIN, *OTHER_FILES}
     if is_data_file or path.parent.is_dir() or not HUB_ID.fullmatch(source):
         raise DataError(f"{source}: {NOT_FOUND} (a Hugging Face dataset is written hf:org/name)")
-    return _hub(source, source)
+    return _hub(source, source, extent)
 
 
-def _embedded(source: str, text_field: str, questions: bool) -> Iterator[Item]:
+def _embedded(source: str, text_field: str, questions: bool, extent: Extent) -> Iterator[Item]:
     name = source.removeprefix("embedded:")
     try:
         rows = embedded.questions(name) if questions else [{text_field: it} for it in embedded.texts(name)]
     except (ValueError, OSError) as error:
         raise DataError(f"{source}: {error}") from error
-    yield from ((f"{source}:{number}", row) for number, row in enumerate(rows, 1))
+    yield from _numbered(source, rows, extent)
 
 
-def _hub(source: str, name: str) -> Iterator[Item]:
+def _numbered(source: str, rows: Collection[Any], extent: Extent) -> Iterator[Item]:
+    for number, row in enumerate(rows, 1):
+        extent.enter(number, len(rows))
+        yield f"{source}:{number}", dict(row)
+
+
+def _hub(source: str, name: str, extent: Extent) -> Iterator[Item]:
     """Rows of a Hugging Face dataset; where it has several splits, one must be named."""
     match = HUB_ID.fullmatch(name)
     if match is None:
@@ -159,10 +185,10 @@ def _hub(source: str, name: str) -> Iterator[Item]:
             written = f"hf:{match[1]}:{match[2] or ''}:SPLIT"
             raise DataError(f"{source}: name one of the splits, {written}; allowed: {', '.join(loaded)}")
         (loaded,) = loaded.values()
-    yield from ((f"{source}:{number}", dict(row)) for number, row in enumerate(loaded, 1))
+    yield from _numbered(source, loaded, extent)
 
 
-def _remote(source: str, text_field: str, questions: bool) -> Iterator[Item]:
+def _remote(source: str, text_field: str, questions: bool, extent: Extent) -> Iterator[Item]:
     """Rows of files that fsspec reaches; what its libraries raise has no base class, and may quote the whole URL."""
     url = urlsplit(source)
     if url.password or (url.username and url.scheme in ("http", "https")):
@@ -172,7 +198,7 @@ def _remote(source: str, text_field: str, questions: bool) -> Iterator[Item]:
         )
     try:
         system, path = fsspec.url_to_fs(source)
-        yield from _records(system, path, shown(source), text_field, questions)
+        yield from _records(system, path, shown(source), text_field, questions, extent)
     except Exception as error:
         why = (
             str(error) if isinstance(error, DataError) else f"cannot be read: {type(error).__name__}: {error}"
@@ -182,38 +208,16 @@ def _remote(source: str, text_field: str, questions: bool) -> Iterator[Item]:
 
 
 def _records(
-    system: AbstractFileSystem, path: str, name: str, text_field: str, questions: bool
+    system: AbstractFileSystem, path: str, name: str, text_field: str, questions: bool, extent: Extent
 ) -> Iterator[Item]:
-    for file in _files(system, path, name, {*TABLES} if questions else {*TABLES, *PLAIN}):
+    files = files_of(system, path, name, {*TABLES} if questions else {*TABLES, *PLAIN})
+    for number, file in enumerate(files):
+        extent.enter(number, len(files), file.share)
         yield from _file(file, text_field)
 
 
-def _files(system: AbstractFileSystem, path: str, name: str, suffixes: set[str]) -> list[File]:
-    """`path` itself, or the readable files below or like it; hidden ones (caches, checkpoints) do not count."""
-    allowed = f"allowed: {', '.join(sorted(suffixes))}"
-    root = path.partition("*")[0]
-    if "*" in path:
-        found = system.glob(path)
-    elif name.endswith("/") or system.info(path)["type"] == "directory":
-        found = system.find(path)
-    elif _suffix(path) in suffixes:
-        return [File(name, system, path)]
-    else:
-        raise DataError(f"{name}: files {_suffix(path) or 'without suffix'} are not read here; {allowed}")
-    seen = [one for one in found if "/." not in f"/{one.removeprefix(root)}" and _suffix(one) in suffixes]
-    if not seen:
-        raise DataError(f"{name}: no file that can be read in this folder; {allowed}")
-    is_url = "://" in name
-    names = {one: shown(system.unstrip_protocol(one)) if is_url else one for one in seen}
-    return [File(names[one], system, one) for one in sorted(seen, key=lambda one: one.split("/"))]
-
-
-def _suffix(path: str) -> str:
-    return PurePosixPath(path.partition("?")[0]).suffix.lower()
-
-
 def _file(file: File, text_field: str) -> Iterator[Item]:
-    suffix = _suffix(file.path)
+    suffix = suffix_of(file.path)
     try:
         if suffix in TABLES:
             yield from TABLES[suffix](file)

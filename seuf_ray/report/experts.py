@@ -27,7 +27,13 @@ def section(report: AttributionReport, plan: UnlearningPlan | None = None) -> st
             [(row.layer, row.values(report.score)) for row in report.layers], targets, _name(report), caption
         ),
         markup.details(
-            "The same on retain text", _heat(retained, targets, f"retain {_name(report)}", caption)
+            "The same on retain text",
+            _heat(
+                retained,
+                targets,
+                f"retain {'affinity' if report.score == 'contrast' else _name(report)}",
+                caption,
+            ),
         )
         if retained
         else "",
@@ -78,7 +84,6 @@ def _experts(report: AttributionReport, targets: set[Expert]) -> str:
             markup.bar(value / (ranked[0][0] or 1.0)),
         ]
         rows.append(("", cells))
+    retained = "affinity on retain text" if report.score == "contrast" else "on retain text"
     stays_in = f"stays a target ({report.scope}, top {report.top_m})"
-    return markup.table(
-        ["rank", "expert", _name(report), "on retain text", "margin to the next", stays_in, ""], rows
-    )
+    return markup.table(["rank", "expert", _name(report), retained, "margin to the next", stays_in, ""], rows)

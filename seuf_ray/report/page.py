@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from seuf_ray import artifacts
-from seuf_ray.artifacts import Artifact, AttributionReport, Comparison, EvaluationReport, UnlearningPlan
+from seuf_ray.artifacts import (
+    Artifact,
+    AttributionReport,
+    Comparison,
+    DataSummary,
+    EvaluationReport,
+    UnlearningPlan,
+)
 from seuf_ray.report import charts, curves, experts, markup, numbers
 from seuf_ray.report import comparison as compare
 from seuf_ray.report.markup import accuracy, number, percent, plain, word, written
@@ -165,6 +172,11 @@ def _what_trained(plan: UnlearningPlan) -> str:
     return f"Only expert {experts}{more} and {routers} trained: {share}."
 
 
+def _texts(data: DataSummary) -> str:
+    first = f", the first {data.first_bad}" if data.num_bad_rows else ""
+    return f"{data.num_texts:,} in {data.num_rows:,} rows, {data.num_bad_rows:,} malformed{first}"
+
+
 def _provenance(
     records: Sequence[Artifact], attribution: AttributionReport, job: Mapping[str, Any] | None
 ) -> str:
@@ -179,14 +191,14 @@ def _provenance(
         ]
         rows.append(("", cells))
     packages = sorted({pair for record in records for pair in record.provenance.packages.items()})
-    model, data = attribution.model, attribution.data
+    model, sets = attribution.model, (("forget", attribution.data), ("retain", attribution.retain))
     facts = [
         ("model", f"{model.name} {model.revision or ''}".strip()),
         ("parameters", f"{model.num_parameters:,}"),
         ("model fingerprint", model.fingerprint),
         ("statistics", attribution.digest),
         ("attributed by", attribution.engine),
-        ("forget texts", f"{data.num_texts:,} in {data.num_rows:,} rows, {data.num_bad_rows:,} malformed"),
+        *((f"{name} texts", _texts(data)) for name, data in sets if data is not None),
     ]
     return markup.section(
         "Made from",

@@ -148,7 +148,7 @@ def add_up(results: Iterable[Record], job: Job, bootstraps: Bootstraps, ledgers:
         if ledgers[record["data"]].add(record):
             found = RoutingStatistics.from_record(record)
             totals[record["data"]] += found
-            meter.count(found.num_tokens)
+            meter.count(found.num_tokens, record["data"], record["share"])
     return totals
 
 

@@ -66,14 +66,17 @@ def _stream(units: ray.data.Dataset, bootstraps: Bootstraps, settings: dict[str,
     weights = Weights(Checkpoint(settings["folder"]), getattr(torch, settings["dtype"]))
     hidden = HiddenStates(settings["hidden_bytes"], settings["spill"])
     accounts: list[Record] = []
+    num_tokens = 0
 
     def batches() -> Iterator[Unit]:
+        nonlocal num_tokens
         for record in units.iter_rows():
             accounts.append(account(record))
+            num_tokens += len(record["tokens"])
             if (unit := unit_batch(record, bootstraps[record["data"]], settings["pad_id"])) is not None:
                 yield record["data"], *unit
 
     def show(*step: Any) -> None:
-        queue.put((*step, weights.bytes_read))
+        queue.put((*step, num_tokens, weights.bytes_read))
 
     return stream(weights, batches(), hidden, settings["device"], show), accounts

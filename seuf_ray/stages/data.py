@@ -42,6 +42,7 @@ CHUNK = pa.schema(
         ("first_text", pa.int64()),
         ("num_bad", pa.int64()),
         ("first_bad", pa.string()),
+        ("share", pa.float64()),
     ]
 )
 UNIT = pa.schema(
@@ -54,6 +55,7 @@ UNIT = pa.schema(
         ("num_texts", pa.int64()),
         ("num_bad", pa.int64()),
         ("first_bad", pa.string()),
+        ("share", pa.float64()),
         ("tokens", pa.list_(pa.int32())),
         ("lengths", pa.list_(pa.int32())),
         ("indices", pa.list_(pa.int64())),

@@ -11,13 +11,17 @@ import pyarrow as pa
 from seuf_ray.stages.attribute import Attributor
 
 
-class KilledAttributor(Attributor):
-    calls = 0
+def killed_attributor(marker: Path) -> type[Attributor]:
+    """A class that Ray sends by value, so that actors know `marker`, the file that says that it has happened."""
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        self.calls += 1
-        marker = Path(self.model.checkpoint.folder) / "killed"
-        if self.calls == 3 and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().__call__(table)
+    class KilledAttributor(Attributor):
+        calls = 0
+
+        def __call__(self, table: pa.Table) -> pa.Table:
+            self.calls += 1
+            if self.calls == 3 and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(table)
+
+    return KilledAttributor
