@@ -216,6 +216,17 @@ class TestReport:
         warnings = report_of(statistics, sizes, qwen).warnings
         assert any("no expert stands out" in text for text in warnings) == warned
 
+    def test_an_expert_that_is_no_target_does_not_count(self, qwen: Checkpoint) -> None:
+        """Gates of 1 in layer 0, one token each: 1/8. In layer 1 expert 5 gets 4 of 8 tokens at gates of 1/8: 1/16.
+
+        So the target lies in layer 0 and has the uniform share, whatever layer 1 does.
+        """
+        sizes = shape(0, 1, experts=8, top_k=1)
+        even, skewed = torch.arange(8)[:, None], torch.tensor([5, 5, 5, 5, 0, 1, 2, 3])[:, None]
+        logits = {0: 50 * torch.eye(8), 1: torch.zeros(8, 8)}
+        warning = report_of(unit(logits, {0: even, 1: skewed}, [8], sizes), sizes, qwen).warnings[0]
+        assert "no expert stands out" in warning and "1.0 times the uniform share" in warning
+
 
 class TestConfidence:
     """Layers of 4 experts, top-1, one-hot routing: affinity is the share of each sequence's tokens."""

@@ -36,7 +36,7 @@ from seuf_ray.families import Shape
 Values = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-SPECIALISED = 3.0  # a top expert below this many times the uniform share does not stand out
+SPECIALISED = 3.0  # targets all below this many times the uniform share do not stand out
 NEAR_TIE = 1.1  # a target below this many times the best expert that is none is a near tie
 STABLE = 0.9  # ... as is one that stays a target in fewer replicates than this
 COMMITTEE = 0.8  # a target with this share of its forget score on the retain set serves every topic
@@ -174,10 +174,11 @@ def _with_ranks(layers: Sequence[LayerScores], values: Values, stability: Values
 
 def _warnings(layers: Sequence[LayerScores], values: Values, scope: Selection, top_m: int) -> Iterator[str]:
     targets = chosen(values, scope, top_m)
-    peak = max(max(row.token_share) * len(row.token_share) for row in layers)
+    shares = np.array([row.token_share for row in layers])
+    peak = float(shares[targets].max()) * shares.shape[1]
     if peak < SPECIALISED:
         yield (
-            f"no expert stands out: the most chosen one gets only {peak:.1f} times the uniform share of the forget "
+            f"no expert stands out: the most chosen target gets only {peak:.1f} times the uniform share of the forget "
             f"tokens (below {SPECIALISED:g}); such unspecialised targets serve every topic, so that unlearning "
             "costs utility"
         )
