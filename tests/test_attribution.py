@@ -25,15 +25,17 @@ from torch import Tensor
 from seuf_ray.artifacts import AttributionReport, DataSummary, Expert, LayerScores, Provenance, UnlearningPlan
 from seuf_ray.attribution.esft import esft_experts
 from seuf_ray.attribution.report import chosen, make_report
+from seuf_ray.attribution.results import unit_result
 from seuf_ray.attribution.selection import choose_targets
 from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, unit_statistics
-from seuf_ray.checkpoint.folder import Checkpoint
-from seuf_ray.config import AttributionConfig, TargetsConfig
+from seuf_ray.attribution.units import pack_chunk, read_chunks
+from seuf_ray.checkpoint.folder import Checkpoint, resolve
+from seuf_ray.config import AttributionConfig, DataConfig, TargetsConfig
 from seuf_ray.data.batches import collate
 from seuf_ray.data.rows import Row
 from seuf_ray.errors import ConfigError
 from seuf_ray.families import Scoring, Shape
-from seuf_ray.model.moe import MoEModel
+from seuf_ray.model.moe import MoEModel, load_tokenizer
 
 DATA = DataSummary(sources=["traces"], num_texts=1, num_rows=1, num_tokens=1)
 TRACES = (
@@ -226,6 +228,17 @@ class TestReport:
         logits = {0: 50 * torch.eye(8), 1: torch.zeros(8, 8)}
         warning = report_of(unit(logits, {0: even, 1: skewed}, [8], sizes), sizes, qwen).warnings[0]
         assert "no expert stands out" in warning and "1.0 times the uniform share" in warning
+
+    @pytest.mark.parametrize(("name", "warned"), [("specialised", False), ("unspecialised", True)])
+    def test_the_embedded_checkpoints_differ_in_it(self, name: str, warned: bool) -> None:
+        """400 texts about chemistry, as one unit."""
+        checkpoint = Checkpoint(resolve(f"embedded:{name}"))
+        (chunk,) = read_chunks("forget", ["embedded:chemistry"], DataConfig(max_rows=400))
+        (packed,) = pack_chunk(chunk, load_tokenizer(checkpoint), 256, 64)
+        bootstraps = {"forget": Bootstrap(0, 0)}
+        found = RoutingStatistics.from_record(unit_result(MoEModel(checkpoint), packed, bootstraps, 0))
+        warnings = report_of(found, checkpoint.shape, checkpoint).warnings
+        assert any("no expert stands out" in text for text in warnings) == warned
 
 
 class TestConfidence:
