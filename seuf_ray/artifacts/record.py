@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -64,8 +64,14 @@ class Provenance(Record):
 
 def provenance(seed: int, **made_from: str) -> Provenance:
     """The provenance of an artifact made now from the artifacts with these fingerprints."""
+    return Provenance(seed=seed, made_from=made_from, packages=dict(_packages()))
+
+
+@cache
+def _packages() -> dict[str, str]:
+    """The versions of what numbers depend on, read once: it takes longer than a search's trial to begin."""
     names = ("seuf-ray", "torch", "transformers", "ray", "deepspeed", "safetensors")
-    return Provenance(seed=seed, made_from=made_from, packages={name: version(name) for name in names})
+    return {name: version(name) for name in names}
 
 
 class Artifact(Record):

@@ -15,6 +15,7 @@ and the baselines (section 6), plans like any other:
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -85,14 +86,16 @@ def _whole(scope: str, checkpoint: Checkpoint) -> list[str]:
     """
     family, layers = checkpoint.family, checkpoint.shape.moe_layers
     blocks = tuple(f"model.layers.{layer}.{family.block}.shared_expert" for layer in layers)
-    names = {
-        "experts": [n for n in checkpoint.files if (at := family.parse_expert(n)) and at[0] in layers],
-        "shared": [n for n in checkpoint.files if n.startswith(blocks)],
-        "lora": [n for n in checkpoint.files if _is_adapted(n, checkpoint)],
-    }.get(scope)
-    if names == []:
+    kinds: dict[str, Callable[[str], bool]] = {
+        "experts": lambda name: (at := family.parse_expert(name)) is not None and at[0] in layers,
+        "shared": lambda name: name.startswith(blocks),
+        "lora": lambda name: _is_adapted(name, checkpoint),
+    }
+    if scope not in kinds:
+        return []
+    if not (names := [name for name in checkpoint.files if kinds[scope](name)]):
         raise ConfigError(f"targets.scope = {scope!r}: a {family.model_type} model has no such tensors")
-    return names or []
+    return names
 
 
 def _is_adapted(name: str, checkpoint: Checkpoint) -> bool:
