@@ -63,7 +63,7 @@ class Ours:
             model = MoEModel(checkpoint, setting.dtype, setting.device)
             self.engine = LocalEngine(model, plan, self.training, self.config)
         else:
-            from seuf_ray.deepspeed_engine import DeepSpeedEngine, owned_experts
+            from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine, owned_experts
 
             rank, size = torch.distributed.get_rank(), cluster.expert_parallel_size
             owned = owned_experts(checkpoint.shape.num_experts, rank, size)

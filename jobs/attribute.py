@@ -17,7 +17,8 @@ if (pair := pair_after("--compare")) is not None:
 config = command(__doc__)
 
 from seuf_ray.console import heading, show_attribution
-from seuf_ray.job import ATTRIBUTED, ATTRIBUTION, claim, prepare_attribution
+from seuf_ray.job import prepare_attribution
+from seuf_ray.outputs import ATTRIBUTED, ATTRIBUTION, claim
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.session import session
 

@@ -8,7 +8,8 @@ from seuf_ray.command import command
 config = command(__doc__)
 
 from seuf_ray.console import heading, show_evaluation
-from seuf_ray.job import AFTER, BEFORE, claim, prepare
+from seuf_ray.job import prepare
+from seuf_ray.outputs import AFTER, BEFORE, claim
 from seuf_ray.stages.evaluate import evaluate
 from seuf_ray.stages.session import session
 

@@ -16,7 +16,8 @@ from seuf_ray.console import (
     show_needs,
     show_plan,
 )
-from seuf_ray.job import EVERYTHING, claim, prepare, read_metrics
+from seuf_ray.job import prepare
+from seuf_ray.outputs import EVERYTHING, claim, read_metrics
 from seuf_ray.report import console_table, write_report
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.compare import compare

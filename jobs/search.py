@@ -11,7 +11,7 @@ config = command(__doc__)
 
 from seuf_ray.artifacts import AttributionReport
 from seuf_ray.console import heading, show_attribution, show_evaluation, show_search, trial_printer
-from seuf_ray.job import ATTRIBUTED, ATTRIBUTION, claim, read_input
+from seuf_ray.outputs import ATTRIBUTED, ATTRIBUTION, claim
 from seuf_ray.report import write_search_page
 from seuf_ray.search.objectives import words
 from seuf_ray.search.outcome import SEARCHED, finish_search, prepare_search
@@ -28,7 +28,7 @@ with session(config.cluster):
         heading("attribute: which experts does the forget set use?")
         report = attribute(job)
     else:
-        report = read_input(job, AttributionReport, ATTRIBUTION, config.inputs.attribution)
+        report = job.read(AttributionReport, ATTRIBUTION, config.inputs.attribution)
     show_attribution(report)
 
     heading(f"search: {config.search.searcher}, for {words(config.search)}")

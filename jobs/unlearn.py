@@ -9,7 +9,8 @@ from seuf_ray.command import command
 config = command(__doc__)
 
 from seuf_ray.console import heading, progress_printer, show_needs, show_plan
-from seuf_ray.job import TRAINED, claim, prepare
+from seuf_ray.job import prepare
+from seuf_ray.outputs import TRAINED, claim
 from seuf_ray.stages.plan import plan
 from seuf_ray.stages.resources import foresee
 from seuf_ray.stages.session import session

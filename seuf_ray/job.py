@@ -1,22 +1,20 @@
 """A job made ready: everything that can be wrong with a request is found here, before Ray starts or a file is written.
 
-`prepare(config)` resolves the checkpoint, reads and tokenises the data and checks what the stages will ask for.
-`claim(config)` then takes possession of `output_dir`, which belongs to one configuration at a time.
+`prepare(config)` resolves the checkpoint, reads and tokenises the data and checks what the stages will ask for; then
+`outputs.claim` takes possession of `output_dir`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from seuf_ray import artifacts, patch
+from seuf_ray import artifacts
 from seuf_ray.artifacts import Artifact, DataSummary, ModelIdentity, UnlearningPlan
 from seuf_ray.attribution.selection import explicit_experts
 from seuf_ray.checkpoint.folder import Checkpoint, resolve
@@ -39,10 +37,6 @@ from seuf_ray.quiz import Quiz, make_quiz
 
 A = TypeVar("A", bound=Artifact)
 
-PLAN, ATTRIBUTION = "plan.json", "attribution.json"
-BEFORE, AFTER = "evaluation_before.json", "evaluation_after.json"
-# What the unlearning stage writes.
-TRAINED = (PLAN, "metrics.jsonl", "tensorboard", "patch", "train", "cache")
 # Anchors of target experts, and of routers that train: where a scope has none.
 MISSING_FOR = {
     "full": ("frozen", "onehot"),
@@ -52,8 +46,6 @@ MISSING_FOR = {
     "lora": ("onehot", "nullspace"),
     "esft": ("nullspace",),
 }
-ATTRIBUTED = (ATTRIBUTION, "attribution.parquet", "attribution.html", "esft.json")
-EVERYTHING = (*ATTRIBUTED, *TRAINED, BEFORE, AFTER, "comparison.json", "compare", "report.html")
 
 
 @dataclass(frozen=True)
@@ -121,7 +113,14 @@ class Job:
 
     def kept(self, kind: type[A], name: str) -> A | None:
         """An artifact that an earlier, interrupted run of this job left, when `resume` asks to go on from it."""
-        return read_input(self, kind, name) if self.config.resume and self.path(name).exists() else None
+        return self.read(kind, name) if self.config.resume and self.path(name).exists() else None
+
+    def read(self, kind: type[A], name: str, given: Path | None = None) -> A:
+        """An artifact of this job, or of the run that `inputs` names; refused where it speaks of another model."""
+        path = given or self.path(name)
+        artifact = kind.read(path)
+        artifact.require_model(self.identity, path)
+        return artifact
 
     def with_config(self, config: JobConfig) -> Job:
         """Another job on the same checkpoint and data, such as a search's trial."""
@@ -242,76 +241,3 @@ def _check_targets(config: JobConfig, checkpoint: Checkpoint) -> None:
             f"targets.top_m = {config.targets.top_m}: scope {scope!r} has only {most} experts to choose from "
             f"({len(shape.moe_layers)} MoE layers of {shape.num_experts})"
         )
-
-
-def claim(config: JobConfig, *outputs: str) -> None:
-    """Take possession of `output_dir` for a stage that writes `outputs` there.
-
-    Raises:
-        ConfigError: it belongs to another configuration, or holds these outputs already, and neither `resume` (same
-            configuration only) nor `overwrite` (removes these outputs, nothing else) is set.
-    """
-    folder, own = config.output_dir, _own_fingerprint(config)
-    held = _held_by(folder)
-    if config.overwrite:
-        _remove(folder, outputs)
-    elif held not in (None, own):
-        raise ConfigError(
-            f"output_dir {folder} already holds another run: choose another folder, or set overwrite=true"
-        )
-    elif not config.resume and (there := [name for name in outputs if (folder / name).exists()]):
-        raise ConfigError(
-            f"output_dir {folder} already holds {', '.join(there)} of this job: set resume=true to keep and continue, "
-            "or overwrite=true to replace"
-        )
-    document = {"config": config.model_dump(mode="json"), "fingerprint": own}
-    artifacts.write_text(folder / "job.json", json.dumps(document, indent=1) + "\n")
-
-
-def _own_fingerprint(config: JobConfig) -> str:
-    return artifacts.fingerprint(
-        config.model_dump(mode="json", exclude={"resume", "overwrite", "output_dir"})
-    )
-
-
-def _held_by(folder: Path) -> str | None:
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir {folder} is a file")
-    if not folder.exists() or not any(folder.iterdir()):
-        return None
-    try:
-        return str(json.loads((folder / "job.json").read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError):
-        return "unknown"
-
-
-def _remove(folder: Path, names: Sequence[str]) -> None:
-    for name in names:
-        path = folder / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def read_input(job: Job, kind: type[A], name: str, given: Path | None = None) -> A:
-    """An artifact of this job (or of the run that `inputs` names), refused where it speaks of another model."""
-    path = given or job.path(name)
-    artifact = kind.read(path)
-    artifact.require_model(job.identity, path)
-    return artifact
-
-
-def write_patch(job: Job, plan: UnlearningPlan, tensors: dict[str, Any], name: str = "patch") -> Path:
-    """The trained tensors as a folder of the output folder."""
-    made = artifacts.provenance(job.config.seed, plan=plan.fingerprint, model=job.identity.fingerprint)
-    folder = job.path(name)
-    config = job.config.model_dump(mode="json")
-    patch.write(folder, job.checkpoint, job.identity, plan, config, tensors, made)
-    return folder
-
-
-def read_metrics(job: Job) -> list[dict[str, Any]]:
-    """The small evaluations of `metrics.jsonl`, in order."""
-    lines = job.path("metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]

@@ -23,7 +23,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=120)
-mp.set_forkserver_preload(["tasks", "transformers.modeling_utils", "deepspeed", "seuf_ray.deepspeed_engine"])
+mp.set_forkserver_preload(
+    ["tasks", "transformers.modeling_utils", "deepspeed", "seuf_ray.engine.deepspeed_engine"]
+)
 
 
 def run(function: Callable[..., Any], world_size: int = 2, *args: Any) -> list[Any]:

@@ -82,7 +82,7 @@ def each(function: Callable[..., Any], jobs: list[tuple]) -> list[Any]:
 
 def train_rank(folder: str, experts: list[Expert], cluster: dict, dtype: torch.dtype = torch.float32) -> dict:
     """The same on one rank of a DeepSpeed engine; also gradient norms, reference passes and dtypes."""
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine, owned_experts
+    from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine, owned_experts
 
     torch.set_num_threads(1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -117,7 +117,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def interrupted_rank(folder: str, experts: list[Expert], cluster: dict) -> dict[str, Tensor]:
     """Two steps, a saved state, one step that is undone by going back to it, and the third step again."""
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine
+    from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine
 
     class Partitioned(DeepSpeedEngine):
         """ZeRO 3 leaves small parameters whole; here it must not."""
@@ -148,7 +148,7 @@ def interrupted_rank(folder: str, experts: list[Expert], cluster: dict) -> dict[
 
 def broken_rank(folder: str, experts: list[Expert], cluster: dict) -> tuple[float, list[str], bool]:
     """A step whose gradient is 0/0 on the last rank alone: its norm, who is named, and whether nothing moved."""
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine
+    from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine
 
     checkpoint = Checkpoint(Path(folder))
     plan = make_plan(checkpoint, experts)

@@ -26,8 +26,9 @@ from seuf_ray.attribution.units import ACCOUNT, Record, account, unit_batch
 from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import validate
 from seuf_ray.errors import DataError
-from seuf_ray.job import ATTRIBUTION, Job
+from seuf_ray.job import Job
 from seuf_ray.model.moe import MoEModel
+from seuf_ray.outputs import ATTRIBUTION
 from seuf_ray.routing import FIXED_POINT
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.attribute_parallel import GROUP, _readable, through_group
@@ -59,7 +60,7 @@ def record(at: int) -> dict[str, Any]:
 
 
 def results_of_rank(folder: str, shares: tuple[list[int], list[int]]) -> Found:
-    from seuf_ray.deepspeed_engine import owned_experts, shard_experts
+    from seuf_ray.engine.deepspeed_engine import owned_experts, shard_experts
 
     model = MoEModel(Checkpoint(Path(folder)), owned=owned_experts(8, dist.get_rank(), 2))
     shard_experts(model, 2)

@@ -19,7 +19,8 @@ from seuf_ray.config import JobConfig, validate
 from seuf_ray.console import Meter, show_layer
 from seuf_ray.embedded import texts
 from seuf_ray.errors import ConfigError, DataError
-from seuf_ray.job import ATTRIBUTION, Job, prepare_attribution
+from seuf_ray.job import Job, prepare_attribution
+from seuf_ray.outputs import ATTRIBUTION
 from seuf_ray.stages.attribute import attribute
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.slow]

@@ -190,7 +190,7 @@ def train_baseline(folder: str, scope: str) -> dict[str, Tensor]:
     """Two steps on one of two ranks that share the experts."""
     import torch.distributed as dist
 
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine, owned_experts
+    from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine, owned_experts
 
     checkpoint, rank = Checkpoint(Path(folder)), dist.get_rank()
     model = MoEModel(checkpoint, owned=owned_experts(8, rank, 2))

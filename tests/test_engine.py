@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM
 from seuf_ray.artifacts import Expert
 from seuf_ray.checkpoint.folder import Checkpoint, rewrite
 from seuf_ray.config import ClusterConfig, TrainingConfig
-from seuf_ray.deepspeed_engine import DeepSpeedEngine
 from seuf_ray.engine import LocalEngine
+from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine
 from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Batch
 
@@ -353,7 +353,7 @@ def test_full_training_is_plain_data_parallel(qwen: Path) -> None:
 def test_deepspeed_is_built_without_a_compiler() -> None:
     import deepspeed.ops
 
-    from seuf_ray.deepspeed_engine import _avoid_compiling
+    from seuf_ray.engine.deepspeed_engine import _avoid_compiling
 
     _avoid_compiling()
     assert deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] is False

@@ -22,7 +22,8 @@ from seuf_ray import patch
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig
-from seuf_ray.job import Job, read_metrics
+from seuf_ray.job import Job
+from seuf_ray.outputs import read_metrics
 from seuf_ray.stages.unlearn import unlearn
 
 pytestmark = [pytest.mark.timeout(400), pytest.mark.chaos]

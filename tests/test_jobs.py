@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seuf_ray.checkpoint.folder import resolve
 from seuf_ray.config import load, validate
 from seuf_ray.errors import ConfigError
-from seuf_ray.job import EVERYTHING, claim, prepare
+from seuf_ray.job import prepare
+from seuf_ray.outputs import EVERYTHING, claim
 
 ROOT = Path(__file__).resolve().parents[1]
 JOBS = sorted(path.stem for path in (ROOT / "jobs").glob("*.py"))

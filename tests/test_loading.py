@@ -257,7 +257,7 @@ class TestOwned:
 
 def train_owned(folder: str, experts: list[Expert]) -> dict[str, torch.Tensor]:
     """`tasks.train_local` on one of two ranks, which reads its own four experts of each layer only."""
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine
+    from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine
 
     torch.set_num_threads(1)
     rank, checkpoint = dist.get_rank(), Checkpoint(Path(folder))

@@ -209,7 +209,7 @@ def rank(folder: str) -> dict[str, Any]:
     """The same run on one rank of two that share the experts."""
     import torch.distributed as dist
 
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine, owned_experts
+    from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine, owned_experts
 
     made, checkpoint = job(), Checkpoint(Path(folder))
     cluster = ClusterConfig(num_workers=2, expert_parallel_size=2)

@@ -17,8 +17,9 @@ from seuf_ray.artifacts import AttributionReport, EvaluationReport, PatchManifes
 from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig, derive, validate
 from seuf_ray.errors import ConfigError, MismatchError
-from seuf_ray.job import EVERYTHING, Job, claim, prepare, read_metrics
+from seuf_ray.job import Job, prepare
 from seuf_ray.model.moe import MoEModel
+from seuf_ray.outputs import EVERYTHING, claim, read_metrics
 from seuf_ray.report import write_report
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.compare import compare

@@ -137,7 +137,7 @@ def test_a_full_cache_makes_room_for_another_trial_but_not_within_one() -> None:
 
 def _two_ranks(folder: str) -> list[tuple[TrialRecord, dict[str, Tensor]]]:
     """Experts sharded once, then trial after trial; the first one comes again at the end."""
-    from seuf_ray.deepspeed_engine import owned_experts, shard_experts
+    from seuf_ray.engine.deepspeed_engine import owned_experts, shard_experts
 
     torch.set_num_threads(1)
     base = base_of(Path(folder), cluster={"num_workers": 2, "expert_parallel_size": 2})

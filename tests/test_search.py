@@ -25,8 +25,8 @@ from seuf_ray.artifacts import AttributionReport, DataSummary, LayerScores, Sear
 from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.job import claim, read_input
 from seuf_ray.model.moe import MoEModel
+from seuf_ray.outputs import claim
 from seuf_ray.report import write_search_page
 from seuf_ray.search.outcome import SEARCHED, finish_search, prepare_search
 from seuf_ray.search.resident import Resident
@@ -94,7 +94,7 @@ def report_file(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> 
 def run(config: JobConfig, report_file: Path) -> tuple[list[TrialRecord], SearchReport]:
     job = prepare_search(config)
     claim(config, *SEARCHED)
-    report = read_input(job, AttributionReport, "attribution.json", report_file)
+    report = job.read(AttributionReport, "attribution.json", report_file)
     trials = search(job, report)
     return trials, finish_search(job, report, trials)
 
@@ -145,7 +145,7 @@ def test_a_search_reuses_its_workers_and_leaves_everything(
 def alone(config: JobConfig, report_file: Path, record: TrialRecord) -> dict[str, torch.Tensor]:
     """The trial's tensors from a base that nobody used before."""
     job = prepare_search(config)
-    base = base_of(job, read_input(job, AttributionReport, "attribution.json", report_file))
+    base = base_of(job, job.read(AttributionReport, "attribution.json", report_file))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)

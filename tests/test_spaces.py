@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from seuf_ray.config import JobConfig, validate
 from seuf_ray.errors import ConfigError
 from seuf_ray.search import spaces
+from seuf_ray.search.checking import check
+from seuf_ray.search.parsing import parse
 
 SPACE = {
     "targets.top_m": {"choice": [1, 2]},
@@ -27,12 +29,12 @@ def job(space: dict[str, Any], **search: Any) -> JobConfig:
 
 
 def test_names_of_plugins_come_before_their_hyper_parameters() -> None:
-    assert spaces.parse(SPACE)[0].path == "algorithm.name"
+    assert parse(SPACE)[0].path == "algorithm.name"
 
 
 @given(st.integers(0, 10**6))
 def test_every_draw_is_in_bounds_is_a_job_and_is_the_same_again(seed: int) -> None:
-    found = spaces.check(CHECKED) if seed == 0 else FOUND
+    found = check(CHECKED) if seed == 0 else FOUND
     drawn = spaces.sample(found, random.Random(seed))
     assert drawn == spaces.sample(found, random.Random(seed))
     assert ("algorithm.beta" in drawn) == (drawn["algorithm.name"] in ("npo", "dpo"))
@@ -46,7 +48,7 @@ def test_every_draw_is_in_bounds_is_a_job_and_is_the_same_again(seed: int) -> No
 
 
 CHECKED = job(SPACE)
-FOUND = spaces.check(CHECKED)
+FOUND = check(CHECKED)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4, unique=True), st.integers(1, 4))
@@ -58,14 +60,14 @@ def test_a_grid_is_every_combination_once(values: list[int], others: int) -> Non
         "algorithm.name": {"choice": ["ga", "npo"]},
         "algorithm.beta": {"choice": betas, "when": {"algorithm.name": "npo"}},
     }
-    points = spaces.grid(spaces.parse(table))
+    points = spaces.grid(parse(table))
     assert len(points) == len(values) * (1 + others)
     assert len({str(sorted(point.items())) for point in points}) == len(points)
 
 
 def test_paths_may_be_written_without_quotes() -> None:
     nested = {"targets": {"top_m": {"choice": [1, 2]}}, "anchor": {"weight": {"uniform": [0, 1]}}}
-    assert [space.path for space in spaces.parse(nested)] == ["targets.top_m", "anchor.weight"]
+    assert [space.path for space in parse(nested)] == ["targets.top_m", "anchor.weight"]
 
 
 @pytest.mark.parametrize(
@@ -117,13 +119,13 @@ def test_paths_may_be_written_without_quotes() -> None:
 )
 def test_bad_spaces_are_refused_and_named(space: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
-        spaces.check(job(space))
+        check(job(space))
     for word in words:
         assert word in str(caught.value)
 
 
 def test_a_grid_of_ranges_and_a_grid_for_optuna_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"algorithm\.beta\.loguniform.*needs a list"):
-        spaces.check(job(SPACE, searcher="grid"))
+        check(job(SPACE, searcher="grid"))
     with pytest.raises(ConfigError, match=r"targets\.top_m\.grid.*choice in its place"):
-        spaces.check(job({"targets.top_m": {"grid": [1, 2]}}, searcher="optuna"))
+        check(job({"targets.top_m": {"grid": [1, 2]}}, searcher="optuna"))

@@ -319,7 +319,7 @@ def test_two_ranks_have_the_figures_of_one(checkpoint: Checkpoint, batch_size: i
 
 def deepspeed_rank(folder: str, cluster: dict[str, Any], telemetry: dict[str, Any]) -> tuple[Any, Metrics]:
     """A whole run on one of several processes: tensors, and the figures of its last record."""
-    from seuf_ray.deepspeed_engine import DeepSpeedEngine, owned_experts
+    from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine, owned_experts
 
     class Partitioned(DeepSpeedEngine):
         """ZeRO 3 leaves small parameters whole; here it must not."""

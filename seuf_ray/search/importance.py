@@ -18,7 +18,7 @@ import numpy as np
 from seuf_ray.artifacts import TrialRecord
 from seuf_ray.config import SearchConfig
 from seuf_ray.search import objectives
-from seuf_ray.search.spaces import parse
+from seuf_ray.search.parsing import parse
 
 QUARTERS = (0.25, 0.5, 0.75)
 

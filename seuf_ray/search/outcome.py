@@ -23,8 +23,10 @@ from seuf_ray.attribution.selection import plan_for
 from seuf_ray.attribution.table import write_trials
 from seuf_ray.config import JobConfig, SearchConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.job import AFTER, BEFORE, PLAN, Job, check_job, prepare, write_patch
+from seuf_ray.job import Job, check_job, prepare
+from seuf_ray.outputs import AFTER, BEFORE, PLAN, write_patch
 from seuf_ray.search import objectives, spaces
+from seuf_ray.search.checking import check, examples
 from seuf_ray.search.importance import importance
 from seuf_ray.search.schedule import FOLDER, tensors_path
 
@@ -40,14 +42,14 @@ def prepare_search(config: JobConfig) -> Job:
     Raises:
         ConfigError: the space is not usable as written, or a job with some of its values is not.
     """
-    found = spaces.check(config)
+    found = check(config)
     if config.cluster.zero_stage or config.cluster.engine == "deepspeed":
         raise ConfigError(
             "a search keeps the model over trials, which DeepSpeed's engine cannot: set cluster.zero_stage = 0 and "
             'cluster.engine = "auto" (experts are shared among workers all the same)'
         )
     job = prepare(config)
-    for assignment, space in spaces.examples(found):
+    for assignment, space in examples(found):
         try:
             check_job(spaces.derive_trial(config, assignment), job.checkpoint)
         except ConfigError as error:

@@ -27,12 +27,13 @@ from seuf_ray.artifacts import AttributionReport, TrialPoint, TrialRecord, Unlea
 from seuf_ray.attribution.selection import plan_for
 from seuf_ray.config import JobConfig
 from seuf_ray.engine import Engine, LocalEngine
+from seuf_ray.engine.ranks import mean_over_ranks
+from seuf_ray.engine.replicated import ReplicatedEngine
 from seuf_ray.errors import ConfigError, MismatchError
 from seuf_ray.model.moe import MoEModel
 from seuf_ray.model.spans import ConstantCache
 from seuf_ray.monitor import Task
 from seuf_ray.passes import Targets
-from seuf_ray.replicated import ReplicatedEngine, mean_over_ranks
 from seuf_ray.search import objectives
 from seuf_ray.search.halving import Judge
 from seuf_ray.search.schedule import Trial

@@ -18,8 +18,9 @@ from seuf_ray.artifacts import TrialRecord, write_text
 from seuf_ray.config import JobConfig
 from seuf_ray.errors import ConfigError, MismatchError
 from seuf_ray.search import halving, suggestions
+from seuf_ray.search.checking import check
 from seuf_ray.search.halving import Cuts
-from seuf_ray.search.spaces import Assignment, Space, check, derive_trial
+from seuf_ray.search.spaces import Assignment, Space, derive_trial
 
 FOLDER = "trials"
 

@@ -28,8 +28,9 @@ from seuf_ray.attribution.units import Ledger, Record
 from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.console import Meter, show_engine
 from seuf_ray.errors import DataError
-from seuf_ray.job import ATTRIBUTION, Job
+from seuf_ray.job import Job
 from seuf_ray.model.moe import MoEModel
+from seuf_ray.outputs import ATTRIBUTION
 from seuf_ray.report import write_attribution_page
 from seuf_ray.stages.attribute_parallel import through_group
 from seuf_ray.stages.attribute_streamed import through_layers

@@ -22,7 +22,7 @@ from seuf_ray import config as configs
 from seuf_ray.attribution.results import results_in_step
 from seuf_ray.attribution.statistics import Bootstrap
 from seuf_ray.attribution.units import Record
-from seuf_ray.deepspeed_engine import shard_experts
+from seuf_ray.engine.deepspeed_engine import shard_experts
 from seuf_ray.errors import ConfigError, MismatchError
 from seuf_ray.job import Job
 from seuf_ray.stages.data import as_data_errors, require_room

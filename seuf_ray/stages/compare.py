@@ -13,7 +13,8 @@ from seuf_ray.artifacts import (
 )
 from seuf_ray.console import heading, progress_printer, show_plan
 from seuf_ray.evaluation import interpolate_utility
-from seuf_ray.job import AFTER, EVERYTHING, PLAN, Job, claim, derive_variant, read_input, read_metrics
+from seuf_ray.job import Job, derive_variant
+from seuf_ray.outputs import AFTER, EVERYTHING, PLAN, claim, read_metrics
 from seuf_ray.stages.evaluate import evaluate
 from seuf_ray.stages.plan import plan
 from seuf_ray.stages.unlearn import unlearn
@@ -53,8 +54,8 @@ def run_variant(job: Job, name: str, report: AttributionReport) -> ComparisonRow
 
 def summarize_run(job: Job, name: str) -> ComparisonRow:
     """A row from the artifacts of a finished run."""
-    after = read_input(job, EvaluationReport, AFTER)
-    targets = read_input(job, UnlearningPlan, PLAN)
+    after = job.read(EvaluationReport, AFTER)
+    targets = job.read(UnlearningPlan, PLAN)
     metrics = read_metrics(job)
     curve = [
         CurvePoint(step=int(m["step"]), forget_accuracy=m["forget_accuracy"], utility=m["utility"])

@@ -22,8 +22,9 @@ from seuf_ray import evaluation, patch
 from seuf_ray.artifacts import EvaluationReport, Statistic, provenance
 from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.data.batches import collate, spread, units
-from seuf_ray.job import AFTER, BEFORE, Job
+from seuf_ray.job import Job
 from seuf_ray.model.moe import MoEModel
+from seuf_ray.outputs import AFTER, BEFORE
 from seuf_ray.passes import Forward
 from seuf_ray.stages.data import as_record, rows_of, through_actors
 

@@ -19,7 +19,7 @@ from ray.util.queue import Empty, Queue
 
 from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig, JobConfig
-from seuf_ray.deepspeed_engine import owned_experts
+from seuf_ray.engine.deepspeed_engine import owned_experts
 from seuf_ray.model.moe import MoEModel
 
 Settings = dict[str, Any]

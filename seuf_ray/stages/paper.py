@@ -16,7 +16,8 @@ import torch
 
 from seuf_ray.artifacts import AttributionReport, fingerprint
 from seuf_ray.data.rows import Row
-from seuf_ray.job import Job, claim, prepare
+from seuf_ray.job import Job, prepare
+from seuf_ray.outputs import claim
 from seuf_ray.paper import tuning
 from seuf_ray.paper.cells import Cell, Result, Store, fixed_cells, matched_cell
 from seuf_ray.paper.experiment import Materials, base_config, run_cell

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from seuf_ray.artifacts import AttributionReport, UnlearningPlan
 from seuf_ray.attribution.selection import plan_for
-from seuf_ray.job import ATTRIBUTION, PLAN, Job, read_input
+from seuf_ray.job import Job
+from seuf_ray.outputs import ATTRIBUTION, PLAN
 from seuf_ray.unlearning import reads_of
 
 
@@ -17,9 +18,9 @@ def plan(job: Job, report: AttributionReport | None = None, *, write: bool = Tru
     """
     config = job.config
     if config.inputs.plan is not None:
-        found = read_input(job, UnlearningPlan, PLAN, config.inputs.plan)
+        found = job.read(UnlearningPlan, PLAN, config.inputs.plan)
     else:
-        report = report or read_input(job, AttributionReport, ATTRIBUTION, config.inputs.attribution)
+        report = report or job.read(AttributionReport, ATTRIBUTION, config.inputs.attribution)
         found = plan_for(config, report, job.checkpoint)
     reads_of(
         [config.algorithm, config.anchor], job.targets(found)

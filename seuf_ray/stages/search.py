@@ -21,9 +21,10 @@ from seuf_ray.artifacts import AttributionReport, TrialRecord
 from seuf_ray.config import ClusterConfig
 from seuf_ray.job import Job
 from seuf_ray.search import objectives
+from seuf_ray.search.checking import examples
 from seuf_ray.search.resident import Base
 from seuf_ray.search.schedule import FOLDER, Schedule, tensors_path
-from seuf_ray.search.spaces import derive_trial, examples
+from seuf_ray.search.spaces import derive_trial
 from seuf_ray.stages.boards import TensorBoard
 from seuf_ray.stages.session import require
 from seuf_ray.stages.trials import TrialWorker, bundles, write_trial

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig
-from seuf_ray.deepspeed_engine import owned_experts, shard_experts
+from seuf_ray.engine.deepspeed_engine import owned_experts, shard_experts
 from seuf_ray.model.moe import MoEModel
 from seuf_ray.search.objectives import is_result
 from seuf_ray.search.resident import Base, Moment, Resident

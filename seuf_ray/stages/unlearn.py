@@ -24,10 +24,11 @@ from seuf_ray import unlearning
 from seuf_ray.artifacts import PatchManifest, UnlearningPlan, write_text
 from seuf_ray.config import JobConfig
 from seuf_ray.data.batches import spread
-from seuf_ray.deepspeed_engine import DeepSpeedEngine
 from seuf_ray.engine import Engine, LocalEngine
-from seuf_ray.job import Job, write_patch
+from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine
+from seuf_ray.job import Job
 from seuf_ray.monitor import Task
+from seuf_ray.outputs import write_patch
 from seuf_ray.patch import require_storable
 from seuf_ray.stages.boards import Gauges, TensorBoard
 from seuf_ray.stages.group import Settings, WorkerGroup, worker_model

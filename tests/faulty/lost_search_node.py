@@ -19,7 +19,7 @@ from ray._private.ray_constants import PROCESS_TYPE_RAYLET
 from faulty.lost_node import two_nodes
 from seuf_ray.artifacts import AttributionReport
 from seuf_ray.config import validate
-from seuf_ray.job import claim, read_input
+from seuf_ray.outputs import claim
 from seuf_ray.search.outcome import SEARCHED, finish_search, prepare_search
 from seuf_ray.stages.search import search
 
@@ -35,7 +35,7 @@ def main() -> None:
     config = validate(json.loads(Path(sys.argv[1]).read_text()))
     job = prepare_search(config)
     claim(config, *SEARCHED)
-    report = read_input(job, AttributionReport, "attribution.json", Path(sys.argv[2]))
+    report = job.read(AttributionReport, "attribution.json", Path(sys.argv[2]))
     cluster, node = two_nodes(head_cpus=1)
     raylet = node.all_processes[PROCESS_TYPE_RAYLET][0].process.pid
     note = Path(config.algorithm.notes) / node.node_id  # type: ignore[attr-defined]

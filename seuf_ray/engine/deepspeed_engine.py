@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.config import ClusterConfig, EngineConfig, TrainingConfig
-from seuf_ray.engine import LocalEngine, State, clone
+from seuf_ray.engine.local import LocalEngine, clone
+from seuf_ray.engine.protocol import State
+from seuf_ray.engine.ranks import sum_over_ranks
 from seuf_ray.model.moe import MoEModel
 
 
@@ -154,9 +156,7 @@ class DeepSpeedEngine(LocalEngine):
         return float(torch.nn.utils.clip_grad_norm_(self.parameters(), self.training.max_grad_norm))
 
     def total(self, values: Tensor) -> Tensor:
-        summed = values.detach().to(self.model.device, copy=True)
-        dist.all_reduce(summed)
-        return summed.to(values.device)
+        return sum_over_ranks(values, self.model.device)
 
 
 def owned_experts(num_experts: int, rank: int, expert_parallel_size: int) -> range | None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from seuf_ray.artifacts import UnlearningPlan
 from seuf_ray.config import EngineConfig, TrainingConfig
-from seuf_ray.engine import LocalEngine
+from seuf_ray.engine.local import LocalEngine
+from seuf_ray.engine.ranks import sum_over_ranks
 from seuf_ray.model.moe import MoEModel
 from seuf_ray.model.spans import ConstantCache
 
@@ -59,16 +60,3 @@ class ReplicatedEngine(LocalEngine):
 
     def total(self, values: Tensor) -> Tensor:
         return sum_over_ranks(values, self.model.device)
-
-
-def sum_over_ranks(values: Tensor, device: torch.device) -> Tensor:
-    """Element-wise sum of every rank's `values`, where they were."""
-    summed = values.detach().to(device, copy=True)
-    dist.all_reduce(summed)
-    return summed.to(values.device)
-
-
-def mean_over_ranks(size: int, device: torch.device) -> int:
-    """The same number on every rank, so that their caches decide alike."""
-    total = sum_over_ranks(torch.tensor(float(size), dtype=torch.float64), device)
-    return int(total / dist.get_world_size())
