@@ -9,8 +9,11 @@ import os
 import runpy
 import secrets
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +96,32 @@ def run_job(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         monkeypatch.setattr(sys, "argv", [script, *arguments])
         monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # the script sets its own
         runpy.run_path(str(TESTS.parent / script), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def kill_driver(ray_address: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """`kill_driver(command, is_time)`: a script in its own process on the session's Ray, SIGKILL once `is_time()`."""
+
+    def run(command: list[str], is_time: Callable[[], object], seconds: float = 200) -> None:
+        said, deadline = tmp_path_factory.mktemp("driver") / "said.txt", time.monotonic() + seconds
+        with said.open("w") as out:
+            driver = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=TESTS.parent,
+                env={**os.environ, "RAY_ADDRESS": ray_address},
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            while not is_time():
+                assert driver.poll() is None and time.monotonic() < deadline, said.read_text()
+                time.sleep(0.05)
+        finally:
+            driver.kill()
+            driver.wait()
+        assert driver.returncode == -signal.SIGKILL, said.read_text()
 
     return run
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,19 +200,16 @@ SMALL = [
 @pytest.mark.slow
 @pytest.mark.chaos
 def test_a_killed_driver_loses_only_the_cells_under_way(
-    tmp_path: Path, ray_address: str, run_job: Callable[..., None], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    kill_driver: Callable[..., None],
+    run_job: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Killed after the first cell's file is there; the second run does not touch it, and finishes the others."""
     command = [str(JOB), str(FILE), f"output_dir={tmp_path}", *SMALL]
-    environment = {**os.environ, "RAY_ADDRESS": ray_address}
-    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen([sys.executable, *command], env=environment, **pipes)
-    deadline = time.monotonic() + 200
-    while not (done := list((tmp_path / "cells").glob("*.json"))):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
+    cells = tmp_path / "cells"
+    kill_driver(command, lambda: list(cells.glob("*.json")))
+    done = list(cells.glob("*.json"))
     before = {path: path.stat().st_mtime_ns for path in done}
     run_job(*command)
     said = capsys.readouterr().out

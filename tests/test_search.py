@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -239,25 +237,20 @@ def _pairs(table: dict[str, Any]) -> str:
 @pytest.mark.chaos
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_and_ends_with_the_undisturbed_table(
-    undisturbed: Undisturbed, tmp_path: Path, ray_address: str, run_job: Callable[..., None]
+    undisturbed: Undisturbed, tmp_path: Path, kill_driver: Callable[..., None], run_job: Callable[..., None]
 ) -> None:
     """Two trials at once; kill -9 when some are over, at a moment of chance; nothing that was over is run again."""
     folder = tmp_path / "killed"
-    command = _command(undisturbed[0], folder)
-    driver = subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, "RAY_ADDRESS": ray_address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while len(list((folder / "trials").glob("*.json"))) < 2:
-        assert driver.poll() is None, driver.communicate()[0]
-        time.sleep(0.05)
-    time.sleep(random.random())
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
+    command, chance = _command(undisturbed[0], folder), random.random()
+    moment = time.monotonic()
+
+    def is_time() -> bool:
+        nonlocal moment
+        if len(list((folder / "trials").glob("*.json"))) < 2:
+            moment = time.monotonic() + chance
+        return time.monotonic() >= moment
+
+    kill_driver(command, is_time)
     before = _stamps(folder)
     run_job(*command, "resume=true")
     assert _stamps(folder).items() >= before.items()
