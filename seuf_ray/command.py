@@ -7,6 +7,7 @@ exit status 1; everything else keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,7 @@ def command_as(kind: type[S], description: str | None, argv: list[str] | None = 
         "overrides", nargs="*", metavar="dotted.path=value", help="e.g. training.learning_rate=1e-3"
     )
     arguments = parser.parse_args(argv)
+    _find_modules_here()
     return load_as(kind, arguments.file, arguments.overrides)
 
 
@@ -55,6 +57,12 @@ def pair_after(flag: str, argv: list[str] | None = None) -> tuple[Path, Path] | 
     if len(files) != 2:
         raise ConfigError(f"{flag} takes two files, A.json B.json, found {len(files)}")
     return Path(files[0]), Path(files[1])
+
+
+def _find_modules_here() -> None:
+    """Plug-ins in the current folder: a script finds those beside itself only. Ray gives its workers the same path."""
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:

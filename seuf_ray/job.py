@@ -159,7 +159,7 @@ def prepare(config: JobConfig) -> Job:
     for part in ("forget", "retain", "perplexity", "forget_quizzes", "utility_quizzes"):
         getattr(job, part)
     for variant in config.compare:
-        derive_variant(config, variant.name)
+        _check_variant(config, variant.name)
     return job
 
 
@@ -188,6 +188,15 @@ def derive_variant(config: JobConfig, name: str) -> JobConfig:
         return derive(
             config, [*variant.overrides, f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"]
         )
+    except ConfigError as error:
+        raise ConfigError(f"compare {name!r}: {error}") from None
+
+
+def _check_variant(config: JobConfig, name: str) -> None:
+    """What can be wrong with a row of the comparison is found before the job's own training."""
+    variant = derive_variant(config, name)
+    try:
+        Job(variant)
     except ConfigError as error:
         raise ConfigError(f"compare {name!r}: {error}") from None
 

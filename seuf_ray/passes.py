@@ -133,7 +133,7 @@ class Forward:
         return torch.where(self.real, values, 0).sum() / self.num_routed
 
     def sequence_logps(self) -> Tensor:
-        """(B,) summed log-probability of each row's counted tokens (`S` of method.md section 5)."""
+        """(B,) summed log-probability of each row's counted tokens (the `S` of NPO, SimNPO and DPO)."""
         return torch.where(self.mask, self.logps, 0).sum(dim=1)
 
 

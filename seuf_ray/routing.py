@@ -31,7 +31,7 @@ def log_distribution(logits: Tensor, scoring: Scoring) -> Tensor:
 
 
 def gates(score: Tensor, choices: Tensor) -> Tensor:
-    """(..., E) gate values: the score at chosen experts, else 0 (method.md section 2).
+    """(..., E) gate values: the score at chosen experts, else 0.
 
     Args:
         score: (..., E) from `scores`.

@@ -150,11 +150,25 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     _refused(tmp_path, "not a mixture-of-experts model", model={"name": str(tmp_path / "dense")})
 
 
-def test_a_bad_variant_is_refused_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["targets.scope=everything"], "scope"),
+        (["targets.scope=lora", "anchor.name=none"], "cluster.expert_parallel_size = 1"),
+        (
+            ["targets.scope=experts", "anchor.name=onehot", "cluster.expert_parallel_size=1"],
+            "anchor.name = 'onehot'",
+        ),
+        (["model.name=/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_bad_variant_is_refused_at_once(tmp_path: Path, overrides: list[str], why: str) -> None:
+    """Also what only the model can tell, which the job's own training would have come before."""
     _refused(
         tmp_path,
-        "compare 'bad': .*scope",
-        compare=[{"name": "bad", "overrides": ["targets.scope=everything"]}],
+        f"compare 'bad': .*{why}",
+        compare=[{"name": "bad", "overrides": overrides}],
+        cluster={"num_workers": 2, "expert_parallel_size": 2},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +19,13 @@ from seuf_ray.paper.claims import claims
 from seuf_ray.paper.experiment import cell_config
 from seuf_ray.paper.methods import METHODS, PAPER_ALGORITHMS
 from seuf_ray.paper.picture import curve_of, picture
+from seuf_ray.paper.publish import _edges
 from seuf_ray.paper.settings import PaperSettings
 from seuf_ray.paper.splits import part_of, sampled, sentences_of
-from seuf_ray.paper.tables import all_tables, spread
+from seuf_ray.paper.tables import ATTACKS, all_tables, spread
 from seuf_ray.paper.tuning import best_rate, next_rate
 from seuf_ray.quiz import Quiz
+from seuf_ray.stages.paper import tune
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB, FILE = ROOT / "jobs" / "paper_tables.py", ROOT / "jobs" / "paper_tables.toml"
@@ -158,10 +161,56 @@ def test_tables_claims_and_curves_are_means_over_seeds() -> None:
     rows, settings = [result["row"] for result in results], settings_of()
     (main, *_) = all_tables(rows, settings)
     assert "| GA | SEUF, one expert | 0.250 ± 0.071 | 0.850 ± 0.071 |" in main and "0.2987 / 0.5012" in main
-    (gap,) = claims(rows, settings)
+    gap, *inversions = claims(rows, settings)
     assert gap.held and "gap +0.400" in gap.figures
+    assert [claim.held for claim in inversions] == [True, True]  # of 160 questions .147 would be one
     assert curve_of(results, "full", "ga")[-1] == pytest.approx((0.2, 0.45, 0.0, 0.0707), abs=1e-3)
     assert picture(results, ["full", "seuf_one"], ["ga"], 0.4).count("<polyline") == 2
+
+
+def test_no_claim_is_dropped_where_forgetting_never_came_so_far() -> None:
+    results = [
+        result_of("full", 0, 0.6, 0.9),
+        result_of("seuf_one", 0, 0.3, 0.9),
+        result_of("seuf_one", 1, 0.1, 0.9),
+    ]
+    rows = [result["row"] | {"protocol": "matched"} for result in results]
+    (matched,) = claims(rows, settings_of())
+    assert not matched.held and "no seed in which both" in matched.figures
+    inverted = claims([result["row"] for result in results[1:]], settings_of())
+    assert [claim.held for claim in inverted] == [False]  # .1 is under .147
+
+
+def test_a_best_rate_at_the_edge_of_what_was_tried_is_named() -> None:
+    rows = [
+        result_of("full", 0, 0.4, 0.9)["row"]
+        | {"protocol": "tune", "learning_rate": rate, "utility_at_level": utility}
+        for rate, utility in ((1e-4, 0.99), (3e-4, 0.95), (9e-4, None))
+    ]
+    (said,) = _edges(rows)
+    assert "all parameters with GA on embedded:chemistry (0.0001)" in said
+    assert list(_edges([*rows, rows[0] | {"learning_rate": 3e-5, "utility_at_level": 0.99}])) == []
+
+
+class Known:
+    """In place of the runner: what each rate comes to, and which were asked for."""
+
+    def __init__(self, utility: Callable[[float], float | None]) -> None:
+        self.utility, self.done, self.asked = utility, {}, []
+
+    def run(self, cells: list[Cell]) -> None:
+        self.asked += [cell.learning_rate for cell in cells]
+        self.done |= {cell: {"row": {"utility_at_level": self.utility(cell.learning_rate)}} for cell in cells}
+
+
+def test_every_grid_grows_until_its_best_rate_is_inside() -> None:
+    """Fixed rate 3e-4: 9e-5, 3e-4, 9e-4 are tried; best at 9e-5, so 2.7e-5, better yet, then 8.1e-6, which is worse."""
+    few = 'matched_methods=["full"]', 'algorithms=["ga"]', 'matched_forget=["embedded:chemistry"]'
+    settings = settings_of(*few)
+    runner = Known(lambda rate: 1 - abs(math.log(rate / 2.7e-5)) / 10)
+    (rates,) = tune(settings, runner).values()  # type: ignore[arg-type]
+    assert runner.asked == pytest.approx([9e-5, 3e-4, 9e-4, 2.7e-5, 8.1e-6], rel=0.01)
+    assert best_rate(rates, 3e-4) == pytest.approx(2.7e-5)
 
 
 # --- the store, and a driver that is killed ---
@@ -192,8 +241,8 @@ def test_a_result_belongs_to_what_it_was_made_from(tmp_path: Path) -> None:
 
 SMALL = [
     'methods=["original", "seuf_one"]', 'algorithms=["ga", "npo"]', "seeds=[0]", "other_models=[]", "matched_forget=[]",
-    "robustness_methods=[]", "varied={}", 'steps={ga=2, npo=2}', "measuring={curve=4, final=4, matched=4, texts=4}",
-    'overrides=["data.max_rows=64", "training.batch_size=4"]', "cluster.num_workers=1",
+    'robustness_methods=["seuf_one"]', "varied={}", "steps={ga=2, npo=2}", 'overrides=["training.batch_size=4"]',
+    "measuring={curve=4, final=4, matched=4, texts=4}", "cluster.num_workers=1",
 ]  # fmt: skip
 
 
@@ -211,7 +260,8 @@ def test_a_killed_driver_loses_only_the_cells_under_way(
     kill_driver(command, lambda: list(cells.glob("*.json")))
     done = list(cells.glob("*.json"))
     before = {path: path.stat().st_mtime_ns for path in done}
-    run_job(*command)
+    recorded = tmp_path / "recorded"
+    run_job(*command, f"record={recorded}")
     said = capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in done} == before
     rows = json.loads((tmp_path / "paper_tables.json").read_text())["rows"]
@@ -219,6 +269,11 @@ def test_a_killed_driver_loses_only_the_cells_under_way(
         ("original", "ga"), ("seuf_one", "ga"), ("seuf_one", "npo")
     ]  # fmt: skip
     assert len(re.findall(r"^ +\d+/3  ", said, re.MULTILINE)) == 3 - len(done)
+    attacked = [row["robustness"] for row in rows if row["algorithm"] == "ga"]
+    assert all(0 <= found[attack] <= 1 for found in attacked for attack in ATTACKS)
+    written = {path.name for path in (recorded / "results").iterdir()}
+    assert written == {"paper_tables.json", "paper_tables.svg", "paper_tables_ablations.svg"}
+    assert "| GA | SEUF, one expert | " in (recorded / "RESULTS.md").read_text()
 
 
 # --- what the committed results say ---

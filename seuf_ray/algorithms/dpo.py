@@ -6,7 +6,8 @@
 Row by row, `idk` begins as `forget` does and goes on with `data.idk_answer` (see `data.idk_rows`). What they share has
 the same log-probability in both and cancels, so counting all tokens counts the answers only.
 Source: DPO (arXiv 2305.18290) as the unlearning baseline of TOFU and NPO; open-unlearning `DPO`, with its factor
-2 / beta (DPO itself has 1). Theirs draws one of a hundred refusals for each question, ours has one.
+2 / beta (DPO itself has 1). Theirs draws one of a hundred refusals for each question; ours has the one that the job
+names, so that a row means the same in every epoch and its reference can be kept.
 """
 
 from __future__ import annotations

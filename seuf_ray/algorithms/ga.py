@@ -2,7 +2,8 @@
 
     L = -CE(forget),   CE = mean token NLL over counted tokens
 
-Source: open-unlearning `GradAscent` (same formula; theirs averages per-device means, ours the whole batch).
+Source: open-unlearning `GradAscent` (same formula; theirs averages per-device means, ours the whole batch, so that the
+gradient does not depend on how rows fall on devices).
 """
 
 from __future__ import annotations

@@ -5,9 +5,10 @@
 
 Nothing above the layer runs, and no head. Both means are over the real tokens of the whole batch.
 Source: RMU (arXiv 2403.03218), whose code takes the mean over D where we take the sum, as the formula has it: the two
-terms weigh the same against each other, D times as much against an anchor. That code averages padding too;
-open-unlearning masks it, but divides (B,) by (B, 1), which mixes the lengths of rows. SEUF's authors ran c = 8000
-(Qwen) and 32000 (DeepSeek) with retain weight 1200, the RMU code 20 and 100: c is some multiple of the model's ||h||.
+terms weigh the same against each other, D times as much against an anchor. That code averages padding too, and trains
+three layers' `down_proj`; here the plan says what trains. open-unlearning leaves out padding, and prompts, which the
+formula has; but it divides (B,) by (B, 1), which mixes the lengths of rows. SEUF's authors ran c = 8000 (Qwen) and
+32000 (DeepSeek) with retain weight 1200, the RMU code 20 and 100: c is some multiple of the model's ||h||.
 """
 
 from __future__ import annotations

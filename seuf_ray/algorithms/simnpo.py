@@ -5,7 +5,8 @@
 
 For sequences of one length this is NPO with beta / length and the constant reference S_ref = -gamma * length / beta,
 divided by length. The length takes away NPO's bias towards long sequences.
-Source: SimNPO (arXiv 2410.07163), Eq. 4; open-unlearning `SimNPO`, whose margin `delta` is gamma / beta.
+Source: SimNPO (arXiv 2410.07163), Eq. 4; open-unlearning `SimNPO`, whose margin `delta` is gamma / beta. Theirs takes
+the length from the labels before they are shifted, one too many for a row without a prompt; ours counts what S sums.
 """
 
 from __future__ import annotations

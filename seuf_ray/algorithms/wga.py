@@ -4,7 +4,7 @@
 
 With beta = 0 it is gradient ascent.
 Source: weighted gradient ascent (arXiv 2502.19301); open-unlearning `WGA` (same formula; theirs averages per-device
-means, ours the whole batch).
+means, ours the whole batch, so that the gradient does not depend on how rows fall on devices).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Frozen router: the target layers' routers do not train, and there is no loss.
 
-A control: freezing cannot stop the indirect drift of routers further down (method.md section 4).
+A control: freezing cannot stop the indirect drift of routers further down.
 """
 
 from __future__ import annotations

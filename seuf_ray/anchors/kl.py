@@ -4,7 +4,8 @@
 
 `p` is softmax(z), or sigmoid(z) / sum for sigmoid routers. `layers = targets` anchors the layers whose router
 trains; `all` every MoE layer from the first target on (layers below cannot drift).
-Source: method.md section 4 (`kl`); the paper's own anchor is `onehot`.
+Source: the anchor of SEUF (arXiv 2411.18797, Eq. 3), with the original's distribution in place of a one-hot one; the
+paper's own is `onehot`.
 """
 
 from __future__ import annotations

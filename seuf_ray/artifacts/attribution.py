@@ -14,7 +14,7 @@ Selection = Literal["model", "layer", "same_layer"]
 
 
 class Scores(Record):
-    """Scores of one MoE layer's E experts on one set of texts (method.md section 3)."""
+    """Scores of one MoE layer's E experts on one set of texts."""
 
     affinity: list[float] = Field(description="mean over sequences of the mean gate per token (P, Eq. 2)")
     router_score: list[float] = Field(description="the same with the score before top-k choice")

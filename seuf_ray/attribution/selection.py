@@ -1,11 +1,11 @@
-"""Report + rule -> UnlearningPlan: which tensors will train (method.md section 3, selection).
+"""Report + rule -> UnlearningPlan: which tensors will train.
 
     model       the top-M (layer, expert) pairs of the whole model, and the routers of their layers
     layer       the top-M of every MoE layer
     same_layer  the top-M of the layer that holds the best one
     random      M seeded ones, explicit: those that are named
 
-and the baselines (section 6), plans like any other:
+and the baselines, plans like any other:
 
     esft        of every layer the best experts until their share of its score is reached; routers do not train
     full        every parameter          experts  all routed experts       routers  all routers

@@ -1,7 +1,8 @@
 """The matrix as a list of cells, and the store of those that are done: one JSON file each, named by a fingerprint.
 
-A cell's fingerprint covers everything that its numbers depend on: what it says, how it is measured, the checkpoint,
-the tokenised data, the attribution report, and the versions of the packages that compute. A file is written aside and
+A cell's fingerprint covers what its numbers depend on: what it says, how it is measured, the checkpoint, the tokenised
+data, the attribution report, and the versions of the packages that compute; not the code of this package between two
+versions, so whoever changes that takes another folder. A file is written aside and
 renamed, so it holds a whole result or is not there; whoever runs the matrix again runs what is missing.
 """
 

@@ -8,6 +8,7 @@ from statistics import mean, stdev
 
 from seuf_ray.paper.settings import PaperSettings
 from seuf_ray.paper.tables import NAMES, Row, Rows, select
+from seuf_ray.robustness import is_inverted
 
 GAPS = {"ga": 0.25, "gdiff": 0.25, "npo": 0.10, "rmu": 0.25}  # of utility, at fixed steps and learning rates
 SEUF = ("seuf_one", "seuf_layer_top1")
@@ -35,6 +36,7 @@ def claims(rows: Rows, settings: PaperSettings) -> list[Claim]:
         *_matched_gaps(rows, settings),
         *_controls(fixed, settings),
         *_anchored(fixed, settings),
+        *_not_inverted(fixed, settings),
     ]
 
 
@@ -60,13 +62,21 @@ def _matched_gaps(rows: Rows, settings: PaperSettings) -> Iterator[Claim]:
             part = select(found, algorithm=algorithm)
             for method in SEUF:
                 for other in ("full", "lora", "esft"):
-                    gaps = _paired(select(part, method=method), select(part, method=other))
-                    if gaps:
+                    ours, theirs = select(part, method=method), select(part, method=other)
+                    if ours and theirs:
                         says = (
                             f"matched, {forget}, {NAMES[algorithm]}: {method} is ahead of {other} on the mean"
                         )
-                        width = f" ± {stdev(gaps):.3f}" if len(gaps) > 1 else ""
-                        yield Claim(says, mean(gaps) > 0, f"gap {mean(gaps):+.3f}{width}, {len(gaps)} seeds")
+                        yield _ahead(says, ours, theirs)
+
+
+def _ahead(says: str, ours: list[Row], theirs: list[Row]) -> Claim:
+    """Only seeds in which both got there compare."""
+    gaps = _paired(ours, theirs)
+    if not gaps:
+        return Claim(says, False, "no seed in which both forgot as much")
+    width = f" ± {stdev(gaps):.3f}" if len(gaps) > 1 else ""
+    return Claim(says, mean(gaps) > 0, f"gap {mean(gaps):+.3f}{width}, {len(gaps)} seeds")
 
 
 def _controls(rows: Rows, settings: PaperSettings) -> Iterator[Claim]:
@@ -93,6 +103,17 @@ def _anchored(rows: Rows, settings: PaperSettings) -> Iterator[Claim]:
                 a, b = (mean(row["kl"] for row in part) for part in (ours, without))
                 says = f"fixed, {NAMES[algorithm]}: {method}'s routing KL is smaller with the anchor"
                 yield Claim(says, a < b, f"{a:.3f} against {b:.3f}, {len(ours)} seeds")
+
+
+def _not_inverted(rows: Rows, settings: PaperSettings) -> Iterator[Claim]:
+    """Accuracy far under chance would say that the right answer is known, and avoided."""
+    for algorithm in settings.algorithms:
+        for method in settings.robustness_methods:
+            values = [row["forget"] for row in select(rows, method=method, algorithm=algorithm)]
+            if values:
+                says = f"fixed, {NAMES[algorithm]}: {method} is no inversion (three standard errors under chance)"
+                held = not any(is_inverted(value, settings.measuring.final) for value in values)
+                yield Claim(says, held, ", ".join(f"{value:.3f}" for value in values))
 
 
 def _utilities(rows: Rows) -> list[float]:

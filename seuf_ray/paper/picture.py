@@ -14,7 +14,10 @@ from seuf_ray.paper.cells import Result
 from seuf_ray.paper.methods import METHODS
 from seuf_ray.paper.tables import NAMES
 
-COLOURS = ("#666666", "#b5651d", "#8e44ad", "#1b6ca8", "#1a8f5a", "#c0392b")
+COLOURS = (
+    "#666666", "#b5651d", "#8e44ad", "#1b6ca8", "#1a8f5a", "#c0392b", "#d4a017",
+    "#17a2b8", "#e377c2", "#7f6000", "#000000", "#8fbc8f", "#ff7f0e",
+)  # fmt: skip
 WIDTH, HEIGHT, LEFT, TOP, SIDE = 400, 270, 46, 30, 12  # of a panel
 STYLE = "text{font:11px sans-serif;fill:#333}.t{font-weight:bold;font-size:13px}.g{stroke:#ddd}.d{stroke-dasharray:3}"
 Bar = tuple[float, float, float, float]  # mean forget, mean utility, and their standard deviations
@@ -31,12 +34,11 @@ def picture(
         body.append(
             f'<g transform="translate({x} {y})">{"".join(_panel(NAMES[algorithm], chosen, level))}</g>'
         )
-    height = -(-len(algorithms) // 2) * HEIGHT
-    body += _legend(methods, height + 16)
-    box = f"0 0 {2 * WIDTH} {height + 34}"
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{2 * WIDTH}" height="{height + 34}">'
-    )
+    top = -(-len(algorithms) // 2) * HEIGHT
+    legend, height = _legend(methods, top + 16)
+    body += legend
+    box = f"0 0 {2 * WIDTH} {height}"
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" width="{2 * WIDTH}" height="{height}">'
     back = '<rect width="100%" height="100%" fill="#fff"/>'
     return f"{head}<style>{STYLE}</style>{back}{''.join(body)}</svg>\n"
 
@@ -94,9 +96,16 @@ def _line(curve: Sequence[Bar], colour: str) -> Iterator[str]:
     yield from (f'<circle cx="{x}" cy="{y}" r="2.6" fill="{colour}"/>' for x, y in places)
 
 
-def _legend(methods: Sequence[str], y: int) -> Iterator[str]:
-    x = 12
+def _legend(methods: Sequence[str], y: int) -> tuple[list[str], int]:
+    """Names beside their colours, in as many lines as they need; and where the picture ends."""
+    x, found = 12.0, []
     for number, name in enumerate(methods):
-        yield f'<rect x="{x:.0f}" y="{y - 8}" width="12" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>'
-        yield f'<text x="{x + 17:.0f}" y="{y}">{escape(METHODS[name].label)}</text>'
-        x += 38 + 6 * len(METHODS[name].label)
+        wide = 38 + 6 * len(METHODS[name].label)
+        if x + wide > 2 * WIDTH:
+            x, y = 12.0, y + 16
+        found.append(
+            f'<rect x="{x:.0f}" y="{y - 8}" width="12" height="4" fill="{COLOURS[number % len(COLOURS)]}"/>'
+            f'<text x="{x + 17:.0f}" y="{y}">{escape(METHODS[name].label)}</text>'
+        )
+        x += wide
+    return found, y + 18

@@ -1,17 +1,20 @@
-"""What the job leaves: `paper_tables.json`, `paper_tables.md`, `paper_tables.svg`, and its section of RESULTS.md."""
+"""What the job leaves: `paper_tables.json`, `.md`, two pictures `.svg`, and its section of RESULTS.md."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib.metadata import version
 
 from seuf_ray.artifacts import provenance, write_text
 from seuf_ray.paper.cells import Cell, Result, planned
 from seuf_ray.paper.claims import claims
+from seuf_ray.paper.methods import METHODS, ORIGINAL, fixed_rate
 from seuf_ray.paper.picture import picture
 from seuf_ray.paper.settings import PaperSettings
-from seuf_ray.paper.tables import Row, all_tables, select
+from seuf_ray.paper.tables import NAMES, Row, all_tables, select
+from seuf_ray.paper.tuning import best_rate
 from seuf_ray.recording import machine, write_section
 
 NAME = "paper_tables"
@@ -40,23 +43,21 @@ def rows_of(results: Sequence[Result]) -> list[Row]:
 
 def publish(settings: PaperSettings, results: Sequence[Result]) -> str:
     """Write everything that `settings` asks for; returns the Markdown."""
-    rows = rows_of(results)
-    text, document, chart = (
-        report(rows, settings),
-        _document(rows, results, settings),
-        _chart(results, settings),
-    )
+    tuning = rows_of([result for result in results if result["row"]["protocol"] == "tune"])
+    rows = rows_of([result for result in results if result["row"]["protocol"] != "tune"])
+    text = report(rows, tuning, settings)
+    files = {f"{NAME}.json": _document(rows, tuning, results, settings), **_charts(results, settings)}
     write_text(settings.output_dir / f"{NAME}.md", text + "\n")
     places = [settings.output_dir] + ([settings.record / "results"] if settings.record else [])
     for place in places:
-        write_text(place / f"{NAME}.json", document)
-        write_text(place / f"{NAME}.svg", chart)
+        for name, content in files.items():
+            write_text(place / name, content)
     if settings.record is not None:
         write_section(settings.record / "RESULTS.md", NAME, text)
     return text
 
 
-def report(rows: Sequence[Row], settings: PaperSettings) -> str:
+def report(rows: Sequence[Row], tuning: Sequence[Row], settings: PaperSettings) -> str:
     """The section: how it was made, the claims, the tables."""
     found = claims(rows, settings)
     held = sum(claim.held for claim in found)
@@ -65,10 +66,12 @@ def report(rows: Sequence[Row], settings: PaperSettings) -> str:
         f"`{command()}`",
         machine(("torch", "transformers", "peft", "ray")),
         _about(rows, settings),
+        *_edges(tuning),
         f"### What reproduced, and what did not: {held} of {len(found)} claims held",
         "\n".join(claim.line() for claim in found),
         *all_tables(rows, settings),
-        f"Along training (fixed; mean and standard deviation over seeds): [{NAME}.svg](results/{NAME}.svg)",
+        f"Along training (fixed; mean and standard deviation over seeds): [main rows](results/{NAME}.svg), "
+        f"[controls and ablations](results/{NAME}_ablations.svg)",
     ]
     return "\n\n".join(parts)
 
@@ -93,17 +96,36 @@ def _about(rows: Sequence[Row], settings: PaperSettings) -> str:
         f"learning rate of {len(settings.rate_factors)} to {settings.max_rates}, chosen with the first seed on "
         "validation questions and reported on test questions. Every second question is a test question; of the forget "
         f"set, and of the other domains together, at most {asked.final} are asked at the end of a run, {asked.curve} "
-        f"on the way, {asked.matched} where matched. Chance is .25. Mean ± standard deviation over seeds."
+        f"on the way, {asked.matched} where matched. Chance is .25. Perplexity is on the general texts that retain "
+        "terms train on. Mean ± standard deviation over seeds; where one seed ran, it says so."
     )
 
 
-def _document(rows: Sequence[Row], results: Sequence[Result], settings: PaperSettings) -> str:
+def _edges(tuning: Sequence[Row]) -> Iterator[str]:
+    """Rows of the matched protocol for which a rate beyond those tried might have been better."""
+    tried: dict[tuple[str, str, str], dict[float, float | None]] = {}
+    for row in tuning:
+        key = (row["forget_set"], row["method"], row["algorithm"])
+        tried.setdefault(key, {})[row["learning_rate"]] = row["utility_at_level"]
+    found = []
+    for (forget, method, algorithm), rates in tried.items():
+        best = best_rate(rates, fixed_rate(method, algorithm))
+        others = [rates[rate] or 0.0 for rate in rates if rate != best]
+        if best in (min(rates), max(rates)) and (rates[best] or 0.0) > max(others, default=0.0):
+            found.append(f"{METHODS[method].label} with {NAMES[algorithm]} on {forget} ({best:g})")
+    if found:
+        yield f"The best rate is the last one tried, so the next might be better still: {'; '.join(found)}."
+
+
+def _document(
+    rows: Sequence[Row], tuning: Sequence[Row], results: Sequence[Result], settings: PaperSettings
+) -> str:
     made = provenance(settings.seeds[0])
     about = {
         "command": command(),
         "seeds": settings.seeds,
         "machine": machine(("torch", "transformers", "peft", "ray")),
-        "packages": made.packages,
+        "packages": made.packages | {"peft": version("peft")},
         "settings": settings.model_dump(mode="json", exclude={"output_dir", "record"}),
     }
     curves = [
@@ -117,9 +139,9 @@ def _document(rows: Sequence[Row], results: Sequence[Result], settings: PaperSet
             ]
         }
         for result in results
-        if result["curve"] and result["row"]["protocol"] != "tune"
+        if result["row"]["protocol"] != "tune" and result["curve"]
     ]
-    lists: dict[str, Sequence[Row]] = {"rows": rows, "curves": curves}
+    lists: dict[str, Sequence[Row]] = {"rows": rows, "tuning": tuning, "curves": curves}
     lines = {key: "[\n" + ",\n".join(map(json.dumps, items)) + "\n]" for key, items in lists.items()}
     head = json.dumps(about, indent=1)[:-2]
     return head + "".join(f',\n "{key}": {text}' for key, text in lines.items()) + "\n}\n"
@@ -129,7 +151,14 @@ def _rounded(row: Row) -> Row:
     return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
 
 
-def _chart(results: Sequence[Result], settings: PaperSettings) -> str:
+def _charts(results: Sequence[Result], settings: PaperSettings) -> dict[str, str]:
+    """The main rows, and all others."""
     fixed = [r for r in results if select([r["row"]], protocol="fixed", model=settings.model)]
-    methods = [name for name in SHOWN if any(r["row"]["method"] == name for r in fixed)]
-    return picture(fixed, methods, settings.algorithms, settings.matched_level)
+    ran = {result["row"]["method"] for result in fixed}
+    rest = [name for name in METHODS if name not in (*SHOWN, ORIGINAL)]
+
+    def chart(methods: Iterable[str]) -> str:
+        shown = [name for name in methods if name in ran]
+        return picture(fixed, shown, settings.algorithms, settings.matched_level)
+
+    return {f"{NAME}.svg": chart(SHOWN), f"{NAME}_ablations.svg": chart(rest)}

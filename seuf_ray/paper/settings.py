@@ -51,7 +51,7 @@ class PaperSettings(Section):
         description="further losses, and the methods that they run for",
     )
     whole: list[str] = Field(
-        ["ga"],
+        [*PAPER_ALGORITHMS],
         description="losses that methods besides the main ones get all seeds for; of others the first seed",
     )
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="of every row")
@@ -63,7 +63,7 @@ class PaperSettings(Section):
         min_length=1,
         description="of the fixed learning rate: the grid of the matched protocol",
     )
-    max_rates: int = Field(4, ge=1, description="learning rates tried at most where the best lies at an edge")
+    max_rates: int = Field(6, ge=1, description="learning rates tried at most where the best lies at an edge")
     measuring: Measuring = Measuring()
     overrides: list[str] = Field([], description='of every job: ["training.batch_size=16"]')
     cluster: ClusterConfig = Field(

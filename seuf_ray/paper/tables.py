@@ -8,7 +8,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from seuf_ray.paper.methods import METHODS, ORIGINAL, WEIGHTS
-from seuf_ray.paper.numbers import DEEPSEEK, QWEN, TOP_M, Pair
+from seuf_ray.paper.numbers import ANCHORS, DEEPSEEK, QWEN, RATIO, TOP_M, Pair
 from seuf_ray.paper.settings import PaperSettings
 
 Row = dict[str, Any]
@@ -123,7 +123,8 @@ def _compared(rows: Rows, methods: Sequence[str], settings: PaperSettings) -> st
 def _pair(rows: Rows) -> str:
     if not rows:
         return ""
-    return f"{spread(row['forget'] for row in rows)} / {spread(row['utility'] for row in rows)}"
+    alone = " (1 seed)" if len(rows) == 1 else ""
+    return f"{spread(row['forget'] for row in rows)} / {spread(row['utility'] for row in rows)}{alone}"
 
 
 def _top_m(rows: Rows, settings: PaperSettings) -> str:
@@ -141,7 +142,11 @@ def _anchors(rows: Rows, settings: PaperSettings) -> str:
             cells = [f"{_pair(part)} / {spread(row['kl'] for row in part)}" if part else "" for part in found]
             lines += [[METHODS[name].label, *cells]] if any(found) else []
     head = ["forget / utility / KL", *(NAMES[algorithm] for algorithm in settings.algorithms)]
-    return markdown(head, lines) if lines else ""
+    return (
+        f"{markdown(head, lines)}\n\nThe paper (GA, WMDP, utility at forget ≈ .25): {ANCHORS}."
+        if lines
+        else ""
+    )
 
 
 def _weights(rows: Rows) -> str:
@@ -161,7 +166,8 @@ def _ratio(rows: Rows) -> str:
         if found and method != ORIGINAL and "weight" not in method:
             share = f"{100 * found[0]['trainable_fraction']:.2f} %"
             lines.append([METHODS[method].label, share, *_cells(found)[:2], f"{found[0]['learning_rate']:g}"])
-    return markdown(["method", "trained", "forget", "utility", "learning rate"], lines) if lines else ""
+    table = markdown(["method", "trained", "forget", "utility", "learning rate"], lines)
+    return f"{table}\n\nThe paper: {RATIO}." if lines else ""
 
 
 def _matched(rows: Rows, settings: PaperSettings) -> str:
@@ -192,16 +198,16 @@ def _at_level(rows: Rows) -> str:
 
 
 def _robustness(rows: Rows, settings: PaperSettings) -> str:
-    """What came back, and whether the accuracy was an inversion."""
+    """What came back of the forget set, and what rounding costs the rest."""
     lines = []
     for algorithm in settings.algorithms:
         for method in (ORIGINAL, *settings.robustness_methods):
             for row in select(rows, method=method, algorithm=algorithm):
                 if found := row.get("robustness"):
                     shown = [_short(found[name], 3) for name in ATTACKS]
-                    inverted = "yes" if found["inverted"] else "no"
+                    kept = [_short(found[f"{name}_utility"], 3) for name in ("int8", "int4")]
                     name = NAMES[algorithm] if method != ORIGINAL else ""
-                    lines.append([name, METHODS[method].label, _short(row["forget"], 3), *shown, inverted])
+                    lines.append([name, METHODS[method].label, _short(row["forget"], 3), *shown, *kept])
     head = [
         "algorithm",
         "method",
@@ -211,9 +217,14 @@ def _robustness(rows: Rows, settings: PaperSettings) -> str:
         "forced routing",
         "paraphrase",
         "relearned",
-        "inverted",
+        "utility, int8",
+        "utility, int4",
     ]
-    return markdown(head, lines) if lines else ""
+    said = (
+        "int8 and int4: weights of all experts rounded; forced routing: the original's choices of experts; paraphrase: "
+        "other held-out wordings; relearned: on test facts, after 20 steps of training everything on the other half."
+    )
+    return f"{markdown(head, lines)}\n\n{said}" if lines else ""
 
 
 def _varied(rows: Rows, settings: PaperSettings) -> str:
