@@ -15,6 +15,7 @@ from seuf_ray.search.spaces import (
     Assignment,
     Space,
     asked_for,
+    crossed,
     derive_trial,
     grid,
     is_there,
@@ -36,10 +37,14 @@ def check(config: JobConfig) -> tuple[Space, ...]:
     spaces = parse(config.search.space)
     for space in spaces:
         _check_path(space.path)
+    steps = []
     for assignment, space in examples(spaces):
         with blamed_on(space, assignment):
-            _check_types(derive_trial(config, assignment), assignment)
+            trial = derive_trial(config, assignment)
+            _check_types(trial, assignment)
+        steps.append(trial.training.steps)
     _check_searcher(config.search, spaces)
+    _check_scheduler(config.search, spaces, max(steps))
     return spaces
 
 
@@ -103,6 +108,20 @@ def _check_searcher(config: SearchConfig, spaces: Sequence[Space]) -> None:
                     f"{where}: it hangs on {path}, which is drawn, so there are no points to cross it with: "
                     f"write grid there, too, or choice here"
                 )
+
+
+def _check_scheduler(config: SearchConfig, spaces: Sequence[Space], most_steps: int) -> None:
+    """Whether it could ever stop a trial."""
+    if config.scheduler == "none":
+        return
+    if config.grace_steps >= most_steps:
+        raise ConfigError(
+            f"search.grace_steps = {config.grace_steps}: asha could stop no trial, as the longest has training.steps = "
+            f"{most_steps}; allowed: less than that"
+        )
+    points = {"grid": grid, "random": crossed}.get(config.searcher)
+    draws = 1 if config.searcher == "grid" else config.num_trials
+    config.require_results(draws * len(points(spaces)) if points else draws)
 
 
 def examples(spaces: Sequence[Space]) -> Iterator[tuple[Assignment, Space]]:

@@ -25,8 +25,8 @@ from seuf_ray.config import JobConfig, SearchConfig
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import Job, check_job, prepare
 from seuf_ray.outputs import AFTER, BEFORE, PLAN, write_patch
-from seuf_ray.search import objectives, spaces
-from seuf_ray.search.checking import check, examples
+from seuf_ray.search import objectives, spaces, suggestions
+from seuf_ray.search.checking import blamed_on, check, examples
 from seuf_ray.search.importance import importance
 from seuf_ray.search.schedule import FOLDER, tensors_path
 
@@ -40,9 +40,11 @@ def prepare_search(config: JobConfig) -> Job:
     """The search's job with its inputs read, and every value and pair of values of its spaces checked on the model.
 
     Raises:
-        ConfigError: the space is not usable as written, or a job with some of its values is not.
+        ConfigError: the space is not usable as written, a job with some of its values is not, or the searcher is not
+            installed.
     """
     found = check(config)
+    suggestions.searcher(config, found)
     if config.cluster.zero_stage or config.cluster.engine == "deepspeed":
         raise ConfigError(
             "a search keeps the model over trials, which DeepSpeed's engine cannot: set cluster.zero_stage = 0 and "
@@ -50,12 +52,8 @@ def prepare_search(config: JobConfig) -> Job:
         )
     job = prepare(config)
     for assignment, space in examples(found):
-        try:
+        with blamed_on(space, assignment):
             check_job(spaces.derive_trial(config, assignment), job.checkpoint)
-        except ConfigError as error:
-            raise ConfigError(
-                f"search.space.{space.path}: with {spaces.written(assignment)}: {error}"
-            ) from None
     return job
 
 
