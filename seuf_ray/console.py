@@ -182,15 +182,25 @@ def show_evaluation(report: EvaluationReport) -> None:
         print(f"    {source:32s} {found.mean:.3f}  of {found.count:.0f}", flush=True)
 
 
+def show_kept(kept: int, total: int) -> None:
+    """A search goes on."""
+    print(f"  {kept} of {total} trials are kept from the run before", flush=True)
+
+
+def show_room(room: int, wanted: int) -> None:
+    """Fewer worker groups find room than might run side by side."""
+    print(f"  room for {room} of {wanted} trials at once (search.max_concurrent)", flush=True)
+
+
 def trial_printer(config: SearchConfig) -> Callable[[TrialRecord, Sequence[TrialRecord], int], None]:
-    """A listener that prints the table of a search row by row; `*` marks what is the best so far."""
-    print(
-        f"  {'trial':>9s}  {'end':9s} {'score':>7s} {'forget':>6s} {'utility':>7s} {'drift':>6s} {'seconds':>7s}"
-    )
+    """A listener that prints the table of a search row by row; `*` marks the best so far, or the front's."""
+    head = f"  {'trial':>9s}  {'end':9s} {'score':>7s} {'forget':>6s} {'utility':>7s} {'drift':>6s} {'seconds':>7s}\n"
 
     def show(record: TrialRecord, known: Sequence[TrialRecord], total: int) -> None:
-        leader = objectives.best(known, config)
-        star = "*" if leader is not None and leader.number == record.number else " "
+        nonlocal head
+        print(head, end="")  # with the first row: until then other things are said
+        head = ""
+        star = "*" if record in objectives.chosen(known, config) else " "
         figures = [record.figures.get(name) for name in objectives.FIGURES]
         score = objectives.score(record.figures, config) if objectives.is_result(record) else None
         cells = [

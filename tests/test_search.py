@@ -204,12 +204,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) ->
 
 
 def test_as_many_trials_at_once_as_there_is_room_for(ray_session: None) -> None:
-    """The session has 4 CPUs: 4 groups of one, 2 of two, 1 of three, and never none."""
+    """The session has 4 CPUs: 4 groups of one, 2 of two, 1 of three; one that finds no room is refused."""
     room = [
         make_config(Path("x"), cluster={"num_workers": n, "cpus_per_worker": 1}).cluster for n in (1, 2, 3, 4)
     ]
     assert [concurrent(cluster, 9) for cluster in room] == [4, 2, 1, 1]
     assert concurrent(room[0], 2) == 2
+    with pytest.raises(ConfigError, match=r"num_workers = 2 of 3 CPU each .*have room for 1"):
+        concurrent(make_config(Path("x"), cluster={"num_workers": 2, "cpus_per_worker": 3}).cluster, 2)
 
 
 def _command(config: JobConfig, folder: Path) -> list[str]:

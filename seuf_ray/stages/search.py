@@ -12,21 +12,22 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 
 from seuf_ray import unlearning
 from seuf_ray.artifacts import AttributionReport, TrialRecord
 from seuf_ray.config import ClusterConfig
+from seuf_ray.console import show_kept, show_room
 from seuf_ray.job import Job
+from seuf_ray.resources import require_slots
 from seuf_ray.search import objectives
 from seuf_ray.search.checking import examples
 from seuf_ray.search.resident import Base
 from seuf_ray.search.schedule import FOLDER, Schedule, tensors_path
 from seuf_ray.search.spaces import derive_trial
 from seuf_ray.stages.boards import TensorBoard
-from seuf_ray.stages.session import require
+from seuf_ray.stages.session import nodes, require
 from seuf_ray.stages.trials import TrialWorker, bundles, write_trial
 from seuf_ray.stages.unlearn import make_task
 from seuf_ray.unlearning import Progress
@@ -55,6 +56,8 @@ def search(job: Job, report: AttributionReport, listener: Listener | None = None
     """
     require(job.config.cluster)
     schedule = Schedule(job.config, job.path(FOLDER))
+    if schedule.kept:
+        show_kept(schedule.kept, schedule.total)
     if len(schedule.records) < schedule.total:
         _run(job, schedule, base_of(job, report), listener)
     if len(schedule.records) < schedule.total:
@@ -82,13 +85,15 @@ def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) ->
     folder = str(job.path(FOLDER).absolute())
     trainable = tune.with_parameters(TrialWorker, base=base, folder=folder)
     recorder = Recorder(job, schedule, listener)
+    wanted, left = job.config.search.max_concurrent, schedule.total - len(schedule.records)
+    room = concurrent(job.config.cluster, wanted)
+    if room < min(wanted, left):
+        show_room(room, wanted)
     tuner = tune.Tuner(
         tune.with_resources(trainable, bundles(job.config.cluster)),
         tune_config=tune.TuneConfig(
-            search_alg=InOrder(
-                schedule, recorder, concurrent(job.config.cluster, job.config.search.max_concurrent)
-            ),
-            num_samples=schedule.total - len(schedule.records),
+            search_alg=InOrder(schedule, recorder, room),
+            num_samples=left,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
@@ -111,15 +116,14 @@ def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) ->
 
 
 def concurrent(cluster: ClusterConfig, most: int) -> int:
-    """So many worker groups find room on the nodes that there are, at least one and at most `most`."""
+    """So many worker groups, up to `most`, find room on the nodes that there are.
+
+    Raises:
+        ConfigError: not one does.
+    """
     if "RAY_CLUSTER_AUTOSCALES" in os.environ:
         return most
-    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = sum(
-        min(int(has.get(name, 0.0) / each + 1e-9) for name, each in wanted.items() if each) for has in nodes
-    )
-    return max(1, min(most, workers // cluster.num_workers))
+    return min(most, require_slots(nodes(), cluster) // cluster.num_workers)
 
 
 class _Unpickled:
