@@ -7,6 +7,7 @@ patch/, plan.json             of the best trial; of pareto patches/NUMBER/ for e
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 from safetensors.torch import load_file
@@ -24,15 +25,16 @@ from seuf_ray.attribution.table import write_trials
 from seuf_ray.config import JobConfig, SearchConfig
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import Job, check_job, prepare
-from seuf_ray.outputs import AFTER, BEFORE, PLAN, write_patch
+from seuf_ray.outputs import AFTER, BEFORE, PLAN, clear_cache, write_patch
 from seuf_ray.search import objectives, spaces, suggestions
 from seuf_ray.search.checking import blamed_on, check, examples
 from seuf_ray.search.importance import importance
 from seuf_ray.search.schedule import FOLDER, tensors_path
 
+TUNE = "tune"  # Tune's own folder while trials run
 SEARCHED = (  # what the search writes
     *("trials", "tensorboard", "search.json", "search.parquet", "search.csv", "patches", "patch"),
-    *(PLAN, "tune", "cache", BEFORE, AFTER, "report.html"),
+    *(PLAN, TUNE, "cache", BEFORE, AFTER, "report.html"),
 )
 
 
@@ -55,6 +57,14 @@ def prepare_search(config: JobConfig) -> Job:
         with blamed_on(space, assignment):
             check_job(spaces.derive_trial(config, assignment), job.checkpoint)
     return job
+
+
+def sweep(job: Job) -> None:
+    """Remove what a killed search left half done; only before workers start, which write such files themselves."""
+    for unfinished in job.path(FOLDER).glob(".[0-9]*"):
+        unfinished.unlink(missing_ok=True)
+    shutil.rmtree(job.path(TUNE), ignore_errors=True)
+    clear_cache(job)
 
 
 def finish_search(job: Job, report: AttributionReport, trials: Sequence[TrialRecord]) -> SearchReport:

@@ -20,9 +20,11 @@ from seuf_ray.artifacts import AttributionReport, TrialRecord
 from seuf_ray.config import ClusterConfig
 from seuf_ray.console import show_kept, show_room
 from seuf_ray.job import Job
+from seuf_ray.outputs import clear_cache
 from seuf_ray.resources import require_slots
 from seuf_ray.search import objectives
 from seuf_ray.search.checking import examples
+from seuf_ray.search.outcome import TUNE, sweep
 from seuf_ray.search.resident import Base
 from seuf_ray.search.schedule import FOLDER, Schedule, tensors_path
 from seuf_ray.search.spaces import derive_trial
@@ -44,7 +46,7 @@ QUIET = {
 
 
 def search(job: Job, report: AttributionReport, listener: Listener | None = None) -> list[TrialRecord]:
-    """Run every trial that has no record yet; writes `trials/` and `tensorboard/`.
+    """Run every trial that has no record yet; writes `trials/` and `tensorboard/`, and removes what a killed run left.
 
     Args:
         report: whose experts the trials choose their targets from.
@@ -55,6 +57,7 @@ def search(job: Job, report: AttributionReport, listener: Listener | None = None
         KeyboardInterrupt: Tune was asked to stop.
     """
     require(job.config.cluster)
+    sweep(job)
     schedule = Schedule(job.config, job.path(FOLDER))
     if schedule.kept:
         show_kept(schedule.kept, schedule.total)
@@ -74,14 +77,14 @@ def base_of(job: Job, report: AttributionReport) -> Base:
         derive_trial(job.config, assignment) for assignment, _ in examples(Schedule(job.config).spaces)
     ]
     asked = {name for config in configs for name in unlearning.passes_of(config.algorithm)}
-    return Base(job.config, job.checkpoint.folder, report, make_task(job, unlearning.sets_of(asked)))
+    task = make_task(job, unlearning.sets_of(asked))
+    return Base(job.config, job.checkpoint.folder, report, task, job.cache_dir)
 
 
 def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) -> None:
     for name, value in (QUIET | TOGETHER).items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    shutil.rmtree(job.path("tune"), ignore_errors=True)
     folder = str(job.path(FOLDER).absolute())
     trainable = tune.with_parameters(TrialWorker, base=base, folder=folder)
     recorder = Recorder(job, schedule, listener)
@@ -98,7 +101,7 @@ def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) ->
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=TUNE,
             storage_path=str(job.config.output_dir.absolute()),
             failure_config=tune.FailureConfig(max_failures=job.config.cluster.max_failures),
             # While a trial that is over was being saved, its group was not free, and the next trial began another one.
@@ -111,8 +114,8 @@ def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) ->
         tuner.fit()
     finally:
         recorder.close()
-        shutil.rmtree(job.path("tune"), ignore_errors=True)
-        shutil.rmtree(job.cache_dir, ignore_errors=True)
+        shutil.rmtree(job.path(TUNE), ignore_errors=True)
+        clear_cache(job)
 
 
 def concurrent(cluster: ClusterConfig, most: int) -> int:
