@@ -221,14 +221,18 @@ def _settings(record: TrialRecord) -> str:
 
 
 def show_search(report: SearchReport) -> None:
-    """The best trial, as overrides, and what mattered."""
+    """The best trial, as overrides, or how many are on the front; and what mattered."""
     if report.best is None:
         print("  no trial came to a result: search.json says why each ended", flush=True)
         return
-    if len(report.chosen) > 1:
-        print(f"  the front: trials {', '.join(map(str, report.chosen))}")
-    print(f"  trial {report.best} is the best: {report.objective}")
+    if report.goal == "pareto":
+        numbers = ", ".join(map(str, report.chosen))
+        print(f"  on the front are {len(report.chosen)} of {len(report.trials)} trials: {numbers}")
+        print(f"  patch/ is of trial {report.best}, of these the one with the widest gap (utility - forget):")
+    else:
+        print(f"  trial {report.best} is the best: {report.objective}")
     for line in report.overrides:
         print(f"    {line}")
-    shares = ", ".join(f"{path} {share:.0%}" for path, share in report.importance.items())
-    print(f"  what explains the score: {shares}", flush=True)
+    if report.importance:
+        shares = ", ".join(f"{path} {share:.0%}" for path, share in report.importance.items())
+        print(f"  what explains the score: {shares}", flush=True)

@@ -41,7 +41,9 @@ class SearchReport(Artifact):
     searcher: str
     scheduler: str
     objective: str = Field(description="in words, with its limit")
-    space: dict[str, Any] = Field(description="as the job file has it")
+    goal: Literal["utility", "forget", "pareto"]
+    limit: float | None = Field(description="max_forget of utility, min_utility of forget, none of pareto")
+    space: dict[str, Any] = Field(description="dotted path -> what the job file has there")
     trials: list[TrialRecord]
     scores: list[float | None] = Field(description="of each trial; null: it came to nothing")
     best: int | None = Field(

@@ -29,6 +29,7 @@ from seuf_ray.outputs import AFTER, BEFORE, PLAN, clear_cache, write_patch
 from seuf_ray.search import objectives, spaces, suggestions
 from seuf_ray.search.checking import blamed_on, check, examples
 from seuf_ray.search.importance import importance
+from seuf_ray.search.parsing import flat
 from seuf_ray.search.schedule import FOLDER, tensors_path
 
 TUNE = "tune"  # Tune's own folder while trials run
@@ -85,7 +86,9 @@ def finish_search(job: Job, report: AttributionReport, trials: Sequence[TrialRec
         searcher=config.searcher,
         scheduler=config.scheduler,
         objective=objectives.words(config),
-        space=config.space,
+        goal=config.objective,
+        limit=objectives.limit(config),
+        space=flat(config.space),
         trials=list(trials),
         scores=[_score(trial, config) for trial in trials],
         best=winner.number if winner else None,
