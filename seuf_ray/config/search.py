@@ -45,7 +45,7 @@ class SearchConfig(Section):
         2,
         ge=1,
         description="trials at once, where the cluster has room; a suggestion knows all results but those of the last "
-        "2 x this, so it is part of what makes a search repeatable",
+        "2 x this, so it is part of what makes a search repeatable; where they matter, under half of the trials",
     )
 
     @model_validator(mode="after")
