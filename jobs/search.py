@@ -38,7 +38,7 @@ with session(config.cluster):
 
     before = after = None
     if found.best is not None:
-        heading("evaluate: the original, then the best trial's patch")
+        heading(f"evaluate: the original, then the patch of trial {found.best}")
         before = evaluate(job)
         show_evaluation(before)
         after = evaluate(job, job.path("patch"))

@@ -182,15 +182,25 @@ def show_evaluation(report: EvaluationReport) -> None:
         print(f"    {source:32s} {found.mean:.3f}  of {found.count:.0f}", flush=True)
 
 
+def show_kept(kept: int, total: int) -> None:
+    """A search goes on."""
+    print(f"  {kept} of {total} trials are kept from the run before", flush=True)
+
+
+def show_room(room: int, wanted: int) -> None:
+    """Fewer worker groups find room than might run side by side."""
+    print(f"  room for {room} of {wanted} trials at once (search.max_concurrent)", flush=True)
+
+
 def trial_printer(config: SearchConfig) -> Callable[[TrialRecord, Sequence[TrialRecord], int], None]:
-    """A listener that prints the table of a search row by row; `*` marks what is the best so far."""
-    print(
-        f"  {'trial':>9s}  {'end':9s} {'score':>7s} {'forget':>6s} {'utility':>7s} {'drift':>6s} {'seconds':>7s}"
-    )
+    """A listener that prints the table of a search row by row; `*` marks the best so far, or the front's."""
+    head = f"  {'trial':>9s}  {'end':9s} {'score':>7s} {'forget':>6s} {'utility':>7s} {'drift':>6s} {'seconds':>7s}\n"
 
     def show(record: TrialRecord, known: Sequence[TrialRecord], total: int) -> None:
-        leader = objectives.best(known, config)
-        star = "*" if leader is not None and leader.number == record.number else " "
+        nonlocal head
+        print(head, end="")  # with the first row: until then other things are said
+        head = ""
+        star = "*" if record in objectives.chosen(known, config) else " "
         figures = [record.figures.get(name) for name in objectives.FIGURES]
         score = objectives.score(record.figures, config) if objectives.is_result(record) else None
         cells = [
@@ -211,14 +221,18 @@ def _settings(record: TrialRecord) -> str:
 
 
 def show_search(report: SearchReport) -> None:
-    """The best trial, as overrides, and what mattered."""
+    """The best trial, as overrides, or how many are on the front; and what mattered."""
     if report.best is None:
         print("  no trial came to a result: search.json says why each ended", flush=True)
         return
-    if len(report.chosen) > 1:
-        print(f"  the front: trials {', '.join(map(str, report.chosen))}")
-    print(f"  trial {report.best} is the best: {report.objective}")
+    if report.goal == "pareto":
+        numbers = ", ".join(map(str, report.chosen))
+        print(f"  on the front are {len(report.chosen)} of {len(report.trials)} trials: {numbers}")
+        print(f"  patch/ is of trial {report.best}, of these the one with the widest gap (utility - forget):")
+    else:
+        print(f"  trial {report.best} is the best: {report.objective}")
     for line in report.overrides:
         print(f"    {line}")
-    shares = ", ".join(f"{path} {share:.0%}" for path, share in report.importance.items())
-    print(f"  what explains the score: {shares}", flush=True)
+    if report.importance:
+        shares = ", ".join(f"{path} {share:.0%}" for path, share in report.importance.items())
+        print(f"  what explains the score: {shares}", flush=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,8 +109,14 @@ class Job:
 
     @property
     def cache_dir(self) -> Path:
-        """Where workers put what frozen layers computed and memory cannot hold."""
-        return (self.config.engine.cache_dir or self.path("cache")).absolute()
+        """Where workers put what frozen layers computed and memory cannot hold; removed when they are done.
+
+        In a folder that the user names it is one of this job's own: others have files there, too.
+        """
+        if self.config.engine.cache_dir is None:
+            return self.path("cache").absolute()
+        owner = {"host": socket.gethostname(), "folder": str(self.config.output_dir.absolute())}
+        return self.config.engine.cache_dir.absolute() / f"seuf_ray-{artifacts.fingerprint(owner)[:12]}"
 
     def kept(self, kind: type[A], name: str) -> A | None:
         """An artifact that an earlier, interrupted run of this job left, when `resume` asks to go on from it."""

@@ -88,3 +88,8 @@ def read_metrics(job: Job) -> list[dict[str, Any]]:
     """The small evaluations of `metrics.jsonl`, in order."""
     lines = job.path("metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def clear_cache(job: Job) -> None:
+    """Remove what workers spilled, and nothing else of the folder that `engine.cache_dir` names."""
+    shutil.rmtree(job.cache_dir, ignore_errors=True)

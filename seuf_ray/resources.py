@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seuf_ray.checkpoint.sizes import readable
@@ -37,8 +39,11 @@ class Node:
 
     def slots(self, cluster: ClusterConfig) -> int:
         """Workers or actors that it takes at once."""
-        slots = int(self.num_cpus // cluster.cpus_per_worker)
-        return min(slots, int(self.num_gpus // cluster.gpus_per_worker)) if cluster.gpus_per_worker else slots
+        wanted = ((self.num_cpus, cluster.cpus_per_worker), (self.num_gpus, cluster.gpus_per_worker))
+        return min(int(has / each + 1e-9) for has, each in wanted if each)  # 1 // 0.1 is 9
+
+    def __str__(self) -> str:
+        return f"{self.num_cpus:g} CPU" + (f" and {self.num_gpus:g} GPU" if self.num_gpus else "")
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,21 @@ class Resources:
                 "(cluster.cpus_per_worker, cluster.gpus_per_worker)"
             )
         return Memory(min(share.host for share in shares), min(share.device for share in shares))
+
+
+def require_slots(nodes: Sequence[Node], cluster: ClusterConfig) -> int:
+    """How many workers find room at once; a worker has its node's resources, never parts of two nodes'.
+
+    Raises:
+        ConfigError: fewer than one group has; Ray would wait for another node for ever.
+    """
+    slots = sum(node.slots(cluster) for node in nodes)
+    if slots < cluster.num_workers:
+        there = ", ".join(f"{count} of {node}" for node, count in Counter(map(str, nodes)).items())
+        worker = Node(cluster.cpus_per_worker, 0, cluster.gpus_per_worker)
+        raise ConfigError(
+            f"cluster.num_workers = {cluster.num_workers} of {worker} each (cluster.cpus_per_worker, "
+            f"cluster.gpus_per_worker): the Ray cluster's nodes ({there}) have room for {slots} "
+            "(on a cluster that autoscales, set RAY_CLUSTER_AUTOSCALES=1)"
+        )
+    return slots

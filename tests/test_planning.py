@@ -35,7 +35,7 @@ from seuf_ray.planning import (
     state_bytes,
 )
 from seuf_ray.plugins import Reads
-from seuf_ray.resources import Memory, Node, Resources
+from seuf_ray.resources import Memory, Node, Resources, require_slots
 
 GIB, MIB = 2**30, 2**20
 REAL = {
@@ -279,6 +279,19 @@ def test_workers_with_gpus_are_placed_where_gpus_are() -> None:
     assert resources.share(16, ClusterConfig(gpus_per_worker=0.5)) == Memory(16 * GIB, 40 * GIB)
     with pytest.raises(ConfigError, match="no node has 1 CPU and 9 GPU for one worker"):
         resources.share(1, ClusterConfig(gpus_per_worker=9))
+
+
+def test_a_group_that_no_nodes_take_is_refused() -> None:
+    """Two nodes of 2 CPUs take no worker of 3; two of 3 CPUs have room for two workers of 2, and not for three."""
+    pairs, triples = [Node(2, 0)] * 2, [Node(3, 0)] * 2
+    with pytest.raises(ConfigError, match=r"num_workers = 1 of 3 CPU each .*\(2 of 2 CPU\) have room for 0"):
+        require_slots(pairs, ClusterConfig(cpus_per_worker=3))
+    with pytest.raises(ConfigError, match=r"num_workers = 3 of 2 CPU each .*\(2 of 3 CPU\) have room for 2"):
+        require_slots(triples, ClusterConfig(num_workers=3, cpus_per_worker=2))
+    with pytest.raises(ConfigError, match=r"of 1 CPU and 2 GPU each .*1 of 8 CPU, 1 of 4 CPU and 1 GPU"):
+        require_slots([Node(8, 0), Node(4, 0, 1)], ClusterConfig(gpus_per_worker=2))
+    assert require_slots(triples, ClusterConfig(num_workers=2, cpus_per_worker=1.5)) == 4
+    assert require_slots([Node(1, 0)], ClusterConfig(num_workers=10, cpus_per_worker=0.1)) == 10
 
 
 @pytest.mark.parametrize(

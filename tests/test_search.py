@@ -182,12 +182,17 @@ def test_trials_that_diverge_or_lose_their_worker_do_not_end_the_search(
 
 
 def test_workers_that_share_the_experts_are_reused_as_a_group(report_file: Path, tmp_path: Path) -> None:
+    """Everything that they cache goes to files; what others have in that folder stays."""
     cluster = {"num_workers": 2, "expert_parallel_size": 2, "cpus_per_worker": 0.5}
-    space = {"targets.top_m": {"grid": [1, 2]}}
-    trials, _ = run(
-        config_for(tmp_path / "out", space, cluster, search={"searcher": "grid", "max_concurrent": 1}),
-        report_file,
-    )
+    space, scratch = {"targets.top_m": {"grid": [1, 2]}}, tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "thesis.txt").write_text("two years of work")
+    more = {
+        "search": {"searcher": "grid", "max_concurrent": 1},
+        "engine": {"cache_dir": str(scratch), "prefix_cache_bytes": 0},
+    }
+    trials, _ = run(config_for(tmp_path / "out", space, cluster, **more), report_file)
+    assert [path.name for path in scratch.iterdir()] == ["thesis.txt"]
     assert [trial.status for trial in trials] == ["finished"] * 2, [trial.why for trial in trials]
     assert len({trial.worker for trial in trials}) == 1
 
@@ -204,12 +209,14 @@ def test_what_cannot_be_is_refused_before_anything_is_written(tmp_path: Path) ->
 
 
 def test_as_many_trials_at_once_as_there_is_room_for(ray_session: None) -> None:
-    """The session has 4 CPUs: 4 groups of one, 2 of two, 1 of three, and never none."""
+    """The session has 4 CPUs: 4 groups of one, 2 of two, 1 of three; one that finds no room is refused."""
     room = [
         make_config(Path("x"), cluster={"num_workers": n, "cpus_per_worker": 1}).cluster for n in (1, 2, 3, 4)
     ]
     assert [concurrent(cluster, 9) for cluster in room] == [4, 2, 1, 1]
     assert concurrent(room[0], 2) == 2
+    with pytest.raises(ConfigError, match=r"num_workers = 2 of 3 CPU each .*have room for 1"):
+        concurrent(make_config(Path("x"), cluster={"num_workers": 2, "cpus_per_worker": 3}).cluster, 2)
 
 
 def _command(config: JobConfig, folder: Path) -> list[str]:
@@ -237,7 +244,11 @@ def _pairs(table: dict[str, Any]) -> str:
 @pytest.mark.chaos
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_and_ends_with_the_undisturbed_table(
-    undisturbed: Undisturbed, tmp_path: Path, kill_driver: Callable[..., None], run_job: Callable[..., None]
+    undisturbed: Undisturbed,
+    tmp_path: Path,
+    kill_driver: Callable[..., None],
+    run_job: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two trials at once; kill -9 when some are over, at a moment of chance; nothing that was over is run again."""
     folder = tmp_path / "killed"
@@ -253,7 +264,9 @@ def test_a_killed_driver_goes_on_and_ends_with_the_undisturbed_table(
     kill_driver(command, is_time)
     before = _stamps(folder)
     run_job(*command, "resume=true")
+    assert f"{len(before)} of 8 trials are kept from the run before" in capsys.readouterr().out
     assert _stamps(folder).items() >= before.items()
+    assert not (folder / "tune").exists() and not (folder / "cache").exists()
     assert_same(folder, undisturbed)
     assert json.loads((folder / "job.json").read_text())["config"]["search"]["num_trials"] == 8
 

@@ -31,7 +31,7 @@ class TrialRecord(Record):
     metrics: dict[str, float] = Field({}, description="the whole small evaluation of the result")
     curve: list[TrialPoint] = Field([], description="the small evaluations on the way")
     seconds: float = Field(0.0, description="from the reset of its worker to its end")
-    worker: str = Field("", description="the process that ran it")
+    worker: str = Field("", description="host and number of the process that ran it")
 
 
 class SearchReport(Artifact):
@@ -41,10 +41,14 @@ class SearchReport(Artifact):
     searcher: str
     scheduler: str
     objective: str = Field(description="in words, with its limit")
-    space: dict[str, Any] = Field(description="as the job file has it")
+    goal: Literal["utility", "forget", "pareto"]
+    limit: float | None = Field(description="max_forget of utility, min_utility of forget, none of pareto")
+    space: dict[str, Any] = Field(description="dotted path -> what the job file has there")
     trials: list[TrialRecord]
     scores: list[float | None] = Field(description="of each trial; null: it came to nothing")
-    best: int | None = Field(description="number of the trial with the highest score")
+    best: int | None = Field(
+        description="number of the trial with the highest score; of pareto that is the gap"
+    )
     chosen: list[int] = Field(description="those whose patches were written: the best, or the Pareto front")
     overrides: list[str] = Field(description="the best trial as overrides of the job file")
     importance: dict[str, float] = Field(description="path -> share of the score's variance, alone")

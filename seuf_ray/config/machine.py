@@ -50,7 +50,10 @@ class EngineConfig(Section):
         ge=0,
         description="memory per worker for what frozen layers compute for a batch; more goes to files",
     )
-    cache_dir: Path | None = Field(None, description="folder of those files; default: cache in output_dir")
+    cache_dir: Path | None = Field(
+        None,
+        description="folder of those files, in a folder of the job's own that is removed; default: cache in output_dir",
+    )
     gradient_checkpointing: bool = Field(
         False, description="recompute layers and head in the backward pass: less memory, more time"
     )

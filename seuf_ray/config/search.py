@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from seuf_ray.config.section import Section
+from seuf_ray.errors import ConfigError
 
 
 class SearchConfig(Section):
@@ -44,7 +45,7 @@ class SearchConfig(Section):
         2,
         ge=1,
         description="trials at once, where the cluster has room; a suggestion knows all results but those of the last "
-        "2 x this, so it is part of what makes a search repeatable",
+        "2 x this, so it is part of what makes a search repeatable; where they matter, under half of the trials",
     )
 
     @model_validator(mode="after")
@@ -57,7 +58,30 @@ class SearchConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _results_where_it_learns(self) -> SearchConfig:
+        if self.searcher in ("optuna", "nsga2"):  # the others' spaces say how many trials there are
+            self.require_results(self.num_trials)
+        return self
+
     @property
     def lag(self) -> int:
         """How many trials before it a trial knows nothing of."""
         return 2 * self.max_concurrent
+
+    def require_results(self, total: int) -> None:
+        """Refuse a search of `total` trials whose last one would know too few results to make use of them.
+
+        Raises:
+            ConfigError: with what is allowed.
+        """
+        learns = f"search.searcher = {self.searcher!r}" if self.searcher in ("optuna", "nsga2") else None
+        who, needed = ("search.scheduler = 'asha'", self.eta) if self.scheduler == "asha" else (learns, 1)
+        if who is None or total - self.lag >= needed:
+            return
+        most = (total - needed) // 2
+        raise ConfigError(
+            f"search.max_concurrent = {self.max_concurrent}: the last of {total} trials would know the results of "
+            f"{max(0, total - self.lag)}, and {who} needs {needed}; allowed: "
+            + (f"at most {most}" if most else f"1, with at least {needed + 2} trials")
+        )

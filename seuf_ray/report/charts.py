@@ -146,10 +146,10 @@ def guide_lines(frame: Frame) -> Iterable[str]:
         (left, y), right = frame.at(frame.x[0], value), frame.axes.width - frame.right
         yield f'<line class="guide" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
         yield f'<text x="{left + 4}" y="{y - 4}">{escape(word)}</text>'
-    for value, word in frame.axes.x_guides:
+    for index, (value, word) in enumerate(frame.axes.x_guides):
         x, bottom = frame.at(value, frame.y[0])
         yield f'<line class="guide" x1="{x}" x2="{x}" y1="{frame.top}" y2="{bottom}"/>'
-        yield f'<text x="{x + 4}" y="{bottom - 6}">{escape(word)}</text>'
+        yield f'<text x="{x + 4}" y="{bottom - 6 - 14 * index}">{escape(word)}</text>'
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:

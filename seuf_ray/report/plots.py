@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -27,7 +27,9 @@ def scatter(dots: Sequence[Dot], front: Sequence[tuple[float, float]], axes: Axe
     drawn = [dot for dot in dots if math.isfinite(dot.x) and math.isfinite(dot.y)]
     if not drawn:
         return '<p class="note">no trial has a result</p>'
-    frame = Frame(padded([dot.x for dot in drawn], 0.05), padded([dot.y for dot in drawn], 0.06), axes)
+    xs = [dot.x for dot in drawn] + [x for x, _ in axes.x_guides]
+    ys = [dot.y for dot in drawn] + [y for y, _ in axes.y_guides]
+    frame = Frame(padded(xs, 0.05), padded(ys, 0.06), axes)
     body = [*grid_lines(frame), *guide_lines(frame), *_staircase(frame, front)]
     body += [_dot(frame, dot) for dot in sorted(drawn, key=lambda dot: dot.is_marked)]
     return picture(axes.width, axes.height, body, axes.y_label, "min-width:580px")
@@ -65,14 +67,14 @@ class Coordinate:
 
 
 def parallel(
-    coordinates: Sequence[Coordinate], colours: Sequence[str], labels: Sequence[str], marked: int
+    coordinates: Sequence[Coordinate], colours: Sequence[str], labels: Sequence[str], marked: Collection[int]
 ) -> str:
-    """One line per trial over all axes; the marked one on top. A trial without a path passes below its axis."""
+    """One line per trial over all axes; the marked ones on top. A trial without a path passes below its axis."""
     width, height, top = max(620, 150 * len(coordinates)), 300, 34
     step = (width - 150) / max(len(coordinates) - 1, 1)
     xs = [75 + step * index for index in range(len(coordinates))]
-    order = sorted(range(len(labels)), key=lambda trial: trial == marked)
-    body = [_path(coordinates, xs, trial, colours[trial], labels[trial], trial == marked) for trial in order]
+    order = sorted(range(len(labels)), key=lambda trial: trial in marked)
+    body = [_path(coordinates, xs, trial, colours[trial], labels[trial], trial in marked) for trial in order]
     for x, coordinate in zip(xs, coordinates, strict=True):
         body.append(f'<line class="axis strong" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{height - 46}"/>')
         body.append(

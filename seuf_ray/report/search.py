@@ -19,6 +19,7 @@ from seuf_ray.report.page import masthead, style
 from seuf_ray.report.plots import Coordinate, Dot
 
 COLOURS = {"finished": "var(--s1)", "stopped": "var(--s0)"}
+SMALL = "small evaluation"
 FIGURES = (("forget accuracy", "forget_accuracy"), ("utility", "utility"), ("drift", "drift"))
 
 
@@ -32,7 +33,7 @@ def write_search_page(
 
     Args:
         path: where to; written aside and renamed.
-        before, after: the full evaluation of the original and of the best trial's patch, if there are any.
+        before, after: the full evaluation of the original and of `patch/`, if there are any.
     """
     facts = [("model", report.model.name), ("family", report.model.model_type), ("searcher", report.searcher)]
     facts += [("scheduler", report.scheduler), ("trials", str(len(report.trials)))]
@@ -60,25 +61,47 @@ def _headline(report: SearchReport, before: EvaluationReport | None, after: Eval
         return markup.paragraph("No trial came to a result.", "lead")
     ends = {name: sum(trial.status == name for trial in report.trials) for name in ("finished", "stopped")}
     rest = len(report.trials) - sum(ends.values())
+    found, whose = _found(report, best)
     sentence = (
-        f"Trial {best.number} is the best of {len(report.trials)}: {ends['finished']} went on to their end, "
-        f"{ends['stopped']} were stopped early, {rest} came to nothing. "
+        f"{found}: {ends['finished']} went on to their end, {ends['stopped']} were stopped early, "
+        f"{rest} came to nothing. "
     )
     if before is not None and after is not None:
         sentence += (
-            f"On all questions its patch takes forget accuracy from {written(before.forget_accuracy, accuracy)} to "
+            f"On all questions {whose} takes forget accuracy from {written(before.forget_accuracy, accuracy)} to "
             f"{written(after.forget_accuracy, accuracy)} and utility from {written(before.utility_accuracy, accuracy)} "
             f"to {written(after.utility_accuracy, accuracy)}."
         )
-    tiles = [
-        markup.tile(name, written(best.figures[key], accuracy), "small evaluation") for name, key in FIGURES
-    ]
+    tiles = _tiles(report, best)
     tiles += [markup.tile("Trial time", f"{_median(report):.1f} s", "median, from reset to end")]
-    tiles += [
-        markup.tile("Bases loaded", str(len({t.worker for t in report.trials})), "one per worker group")
-    ]
-    setting = f"<pre>{escape(chr(10).join(report.overrides))}</pre>"
+    bases = {trial.worker for trial in report.trials if trial.worker}
+    tiles += [markup.tile("Bases loaded", str(len(bases)), "one per worker group")]
+    setting = f"<pre>{escape(chr(10).join(report.overrides))}</pre>" if report.goal != "pareto" else ""
     return f'{markup.paragraph(sentence, "lead")}<div class="tiles">{"".join(tiles)}</div>{setting}'
+
+
+def _found(report: SearchReport, best: TrialRecord) -> tuple[str, str]:
+    """What there is to say of so many trials, and whose patch is `patch/`."""
+    if report.goal != "pareto":
+        return f"Trial {best.number} is the best of {len(report.trials)}", "its patch"
+    front, verb = len(report.chosen), "is" if len(report.chosen) == 1 else "are"
+    return (
+        f"{front} of {len(report.trials)} trials {verb} on the front, where nothing beats them in forget accuracy, "
+        "utility and routing drift together",
+        f"the patch of trial {best.number}, of these the one with the widest gap between the first two,",
+    )
+
+
+def _tiles(report: SearchReport, best: TrialRecord) -> list[str]:
+    """The best trial's figures; of a front how far it goes in each."""
+    if report.goal != "pareto":
+        return [markup.tile(name, written(best.figures[key], accuracy), SMALL) for name, key in FIGURES]
+    front = [report.trials[number].figures for number in report.chosen]
+    ends = [(max, "highest") if key == "utility" else (min, "lowest") for _, key in FIGURES]
+    return [
+        markup.tile(name, written(end(f[key] for f in front), accuracy), f"{which} on the front, {SMALL}")
+        for (name, key), (end, which) in zip(FIGURES, ends, strict=True)
+    ]
 
 
 def _median(report: SearchReport) -> float:
@@ -92,16 +115,17 @@ def _front(report: SearchReport) -> str:
             trial.figures["forget_accuracy"],
             trial.figures["utility"],
             _label(trial),
-            COLOURS[trial.status] if trial.number != report.best else "var(--s2)",
+            "var(--s2)" if trial.number in report.chosen else COLOURS[trial.status],
             is_hollow=trial.status == "stopped",
-            is_marked=trial.number == report.best,
+            is_marked=trial.number in report.chosen,
         )
         for trial in report.trials
         if trial.status in COLOURS and len(trial.figures) == len(FIGURES)
     ]
-    axes = Axes("forget accuracy", "utility", x_guides=[(CHANCE, "chance")], width=940, height=360)
+    x_guides, y_guides = _guides(report)
+    axes = Axes("forget accuracy", "utility", None, y_guides, x_guides, width=940, height=360)
     entries = [
-        ("var(--s2)", "the best"),
+        ("var(--s2)", "the best" if report.goal != "pareto" else "on the front of these and drift"),
         ("var(--s1)", "went to its end"),
         ("var(--s0)", "stopped early (hollow)"),
     ]
@@ -110,6 +134,16 @@ def _front(report: SearchReport) -> str:
     )
     drawing = plots.scatter(dots, [(dot.x, dot.y) for dot in dots], axes)
     return markup.section("Trade-off", markup.figure("Utility against forgetting", drawing, entries, caption))
+
+
+def _guides(report: SearchReport) -> tuple[list[tuple[float, str]], list[tuple[float, str]]]:
+    """Lines across forget accuracy and across utility: chance, and what a trial has to keep to."""
+    chance = (CHANCE, "chance")
+    if report.limit is None:
+        return [chance], []
+    if report.goal == "utility":
+        return [chance, (report.limit, f"max_forget {report.limit:g}")], []
+    return [chance], [(report.limit, f"min_utility {report.limit:g}")]
 
 
 def _label(trial: TrialRecord) -> str:
@@ -136,10 +170,11 @@ def _parallel(report: SearchReport) -> str:
     ranked = sorted(range(len(trials)), key=lambda at: _place(trials[at], report), reverse=True)
     shares = {at: place / max(len(trials) - 1, 1) for place, at in enumerate(ranked)}
     colours = [plots.heat(shares[at]) for at in range(len(trials))]
-    marked = next((at for at, trial in enumerate(trials) if trial.number == report.best), -1)
+    marked = {at for at, trial in enumerate(trials) if trial.number in report.chosen}
     picture = plots.parallel(axes, colours, [_label(trial) for trial in trials], marked)
     caption = (
-        "One line per trial, the darker the better its rank by score, the best one thick. "
+        "One line per trial, the darker the better its rank by score, "
+        f"{'the best one' if report.goal != 'pareto' else 'those on the front'} thick. "
         "A line that dips below an axis is of a trial that has no such path."
     )
     return markup.section("Every trial", markup.figure("Parallel coordinates", picture, caption=caption))
@@ -149,7 +184,7 @@ def _coordinate(name: str, values: Sequence[Any], space: dict[str, Any]) -> Coor
     """Numbers from low to high, evenly in their logarithm where they are drawn so; other values in rows."""
     there = [value for value in values if value is not None]
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in there) and len(set(there)) > 1:
-        scale = math.log if "loguniform" in str(space.get(name, "")) and min(there) > 0 else float
+        scale = math.log if "loguniform" in space.get(name, {}) and min(there) > 0 else float
         low, high = scale(min(there)), scale(max(there))
         places = [None if v is None else (scale(v) - low) / (high - low) for v in values]
         return Coordinate(name, [(0.0, _short(min(there))), (1.0, _short(max(there)))], places)
@@ -180,15 +215,15 @@ def _table(report: SearchReport) -> str:
     ranked = sorted(report.trials, key=lambda trial: _place(trial, report))
     paths = list(dict.fromkeys(path for trial in report.trials for path in trial.assignment))
     head = ["trial", "score", *(name for name, _ in FIGURES), "step", "seconds", *paths, "end"]
-    rows = [("strong" if t.number == report.best else "", _row(t, report, paths)) for t in ranked]
+    rows = [("strong" if t.number in report.chosen else "", _row(t, report, paths)) for t in ranked]
     return markup.section("All trials", markup.table(head, rows))
 
 
 def _place(trial: TrialRecord, report: SearchReport) -> tuple[float, ...]:
-    """The best first, then by score; what came to nothing last."""
+    """The best or the front first, then by score; what came to nothing last."""
     score = report.scores[trial.number]
     figures = trial.figures.get("utility", 0.0), trial.figures.get("drift", 1.0)
-    return trial.number != report.best, math.inf if score is None else -score, -figures[0], figures[1]
+    return trial.number not in report.chosen, math.inf if score is None else -score, -figures[0], figures[1]
 
 
 def _row(trial: TrialRecord, report: SearchReport, paths: Sequence[str]) -> list[str]:

@@ -49,6 +49,11 @@ def words(config: SearchConfig) -> str:
     return "the Pareto front of forget accuracy (low), utility (high) and routing drift (low)"
 
 
+def limit(config: SearchConfig) -> float | None:
+    """What a trial has to keep to before anything else counts."""
+    return {"utility": config.max_forget, "forget": config.min_utility}.get(config.objective)
+
+
 def values(trial: TrialRecord, config: SearchConfig) -> list[float]:
     """What a searcher learns of a trial: the score, or the figures of pareto."""
     found = trial.figures if is_result(trial) else WORST

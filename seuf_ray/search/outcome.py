@@ -7,6 +7,7 @@ patch/, plan.json             of the best trial; of pareto patches/NUMBER/ for e
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 
 from safetensors.torch import load_file
@@ -24,15 +25,17 @@ from seuf_ray.attribution.table import write_trials
 from seuf_ray.config import JobConfig, SearchConfig
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import Job, check_job, prepare
-from seuf_ray.outputs import AFTER, BEFORE, PLAN, write_patch
-from seuf_ray.search import objectives, spaces
-from seuf_ray.search.checking import check, examples
+from seuf_ray.outputs import AFTER, BEFORE, PLAN, clear_cache, write_patch
+from seuf_ray.search import objectives, spaces, suggestions
+from seuf_ray.search.checking import blamed_on, check, examples
 from seuf_ray.search.importance import importance
+from seuf_ray.search.parsing import flat
 from seuf_ray.search.schedule import FOLDER, tensors_path
 
+TUNE = "tune"  # Tune's own folder while trials run
 SEARCHED = (  # what the search writes
     *("trials", "tensorboard", "search.json", "search.parquet", "search.csv", "patches", "patch"),
-    *(PLAN, "tune", "cache", BEFORE, AFTER, "report.html"),
+    *(PLAN, TUNE, "cache", BEFORE, AFTER, "report.html"),
 )
 
 
@@ -40,9 +43,11 @@ def prepare_search(config: JobConfig) -> Job:
     """The search's job with its inputs read, and every value and pair of values of its spaces checked on the model.
 
     Raises:
-        ConfigError: the space is not usable as written, or a job with some of its values is not.
+        ConfigError: the space is not usable as written, a job with some of its values is not, or the searcher is not
+            installed.
     """
     found = check(config)
+    suggestions.searcher(config, found)
     if config.cluster.zero_stage or config.cluster.engine == "deepspeed":
         raise ConfigError(
             "a search keeps the model over trials, which DeepSpeed's engine cannot: set cluster.zero_stage = 0 and "
@@ -50,13 +55,17 @@ def prepare_search(config: JobConfig) -> Job:
         )
     job = prepare(config)
     for assignment, space in examples(found):
-        try:
+        with blamed_on(space, assignment):
             check_job(spaces.derive_trial(config, assignment), job.checkpoint)
-        except ConfigError as error:
-            raise ConfigError(
-                f"search.space.{space.path}: with {spaces.written(assignment)}: {error}"
-            ) from None
     return job
+
+
+def sweep(job: Job) -> None:
+    """Remove what a killed search left half done; only before workers start, which write such files themselves."""
+    for unfinished in job.path(FOLDER).glob(".[0-9]*"):
+        unfinished.unlink(missing_ok=True)
+    shutil.rmtree(job.path(TUNE), ignore_errors=True)
+    clear_cache(job)
 
 
 def finish_search(job: Job, report: AttributionReport, trials: Sequence[TrialRecord]) -> SearchReport:
@@ -77,7 +86,9 @@ def finish_search(job: Job, report: AttributionReport, trials: Sequence[TrialRec
         searcher=config.searcher,
         scheduler=config.scheduler,
         objective=objectives.words(config),
-        space=config.space,
+        goal=config.objective,
+        limit=objectives.limit(config),
+        space=flat(config.space),
         trials=list(trials),
         scores=[_score(trial, config) for trial in trials],
         best=winner.number if winner else None,

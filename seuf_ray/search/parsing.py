@@ -7,28 +7,48 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from seuf_ray.errors import ConfigError, did_you_mean
-from seuf_ray.search.spaces import LISTS, NAMES, RANGES, Space
+from seuf_ray.search.spaces import LISTS, NAMES, RANGES, Space, asked_for, is_one_of
 
 
 def parse(table: Mapping[str, Any]) -> tuple[Space, ...]:
     """The spaces of `[search.space]`, those that others depend on first.
 
     Raises:
-        ConfigError: something that is no space, an empty or wrong list or range, or a condition that is cyclic, can
-            never hold, or is not on a path with a list of values.
+        ConfigError: something that is no space, a path that is there twice, an empty or wrong list or range, or a
+            condition that is cyclic, can never hold, or is not on a path with a list of values.
     """
-    flat = dict(_flatten(table))
-    if not flat:
+    found = flat(table)
+    if not found:
         raise ConfigError(
             'search.space: no path to search; give at least one, as in "targets.top_m" = {choice = [1, 2]}'
         )
-    return _ordered([_space(path, value) for path, value in flat.items()])
+    return _ordered([_space(path, value) for path, value in found.items()])
+
+
+def flat(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted path -> what is written there, however the path is written.
+
+    Raises:
+        ConfigError: two paths that say something of the same place.
+    """
+    found: dict[str, Any] = {}
+    for path, value in _flatten(table):
+        if path in found:
+            raise ConfigError(
+                f'search.space.{path}: given twice, in quotes ("{path}") and as nested tables: keep one'
+            )
+        found[path] = value
+    for path, part in itertools.permutations(found, 2):
+        if part.startswith(f"{path}."):
+            raise ConfigError(f"search.space.{part}: {path!r} sets this, too: keep one of {path!r}, {part!r}")
+    return found
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -61,10 +81,22 @@ def _space(path: str, value: Any) -> Space:
 def _list(where: str, kind: str, values: Any) -> tuple[Any, ...]:
     if not isinstance(values, list) or not values:
         raise ConfigError(f"{where}.{kind}: expected a list of at least one value (got {values!r})")
-    keys = [json.dumps(value) for value in values]
-    if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise ConfigError(f"{where}.{kind}: {repeated[0]} is there more than once")
+    _check_plain(f"{where}.{kind}", values)
+    for value, other in itertools.combinations(values, 2):
+        if is_one_of(value, [other]) or ({type(value), type(other)} == {int, float} and value == other):
+            raise ConfigError(f"{where}.{kind}: {json.dumps(value)} is there more than once")
     return tuple(values)
+
+
+def _check_plain(where: str, values: Sequence[Any]) -> None:
+    """What a job file and the record of a trial write alike; TOML also has dates and times."""
+    for value in values:
+        if isinstance(value, list):
+            _check_plain(where, value)
+        elif not isinstance(value, str | int | float | bool):
+            raise ConfigError(
+                f"{where}: expected text, numbers, true, false, or lists of these (got {value!r})"
+            )
 
 
 def _range(where: str, kind: str, values: Any) -> tuple[Any, ...]:
@@ -90,7 +122,11 @@ def _conditions(where: str, when: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for path, value in when.items():
         if isinstance(value, Mapping):
             raise ConfigError(f'{where}.when: write "{path}.{next(iter(value), "...")}" in quotes')
-        yield path, tuple(value) if isinstance(value, list) else (value,)
+        values = value if isinstance(value, list) else [value]
+        if not values:
+            raise ConfigError(f"{where}.when.{path}: expected at least one value (got [])")
+        _check_plain(f"{where}.when.{path}", values)
+        yield path, tuple(values)
 
 
 def _ordered(spaces: Sequence[Space]) -> tuple[Space, ...]:
@@ -107,7 +143,17 @@ def _ordered(spaces: Sequence[Space]) -> tuple[Space, ...]:
             raise ConfigError(f"search.space: the conditions of {cycle} wait for each other")
         waiting.remove(ready)
         done[ready.path] = ready
+        _check_possible(ready, done)
     return tuple(done.values())
+
+
+def _check_possible(space: Space, known: Mapping[str, Space]) -> None:
+    for path, values in asked_for([space.path], known).items():
+        if not values:
+            raise ConfigError(
+                f"search.space.{space.path}.when: its conditions never hold together, those of their paths included: "
+                f"no value of {path} is left"
+            )
 
 
 def _check_conditions(space: Space, known: Mapping[str, Space]) -> None:
@@ -118,6 +164,6 @@ def _check_conditions(space: Space, known: Mapping[str, Space]) -> None:
             found = "has no list of values" if path in known else "is not in search.space"
             raise ConfigError(f"{where}: {path!r} {found}; {did_you_mean(path, lists)}")
         for value in values:
-            if value not in known[path].values:
+            if not is_one_of(value, known[path].values):
                 allowed = ", ".join(map(repr, known[path].values))
                 raise ConfigError(f"{where}: {path} is never {value!r}; allowed: {allowed}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import socket
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
@@ -50,12 +51,14 @@ class Base:
         folder: of the checkpoint.
         report: whose experts trials choose their targets from.
         task: rows and questions.
+        cache_dir: where processes put what memory cannot hold; the driver's to remove.
     """
 
     config: JobConfig
     folder: Path
     report: AttributionReport
     task: Task
+    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,11 @@ class Resident:
             engine.detach()
 
 
+def process_name() -> str:
+    """This process among those of a cluster, whose hosts give the same numbers."""
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
 def _in_group() -> bool:
     return dist.is_available() and dist.is_initialized()
 
@@ -164,7 +172,7 @@ class _Notes:
             metrics=_finite(metrics),
             curve=self.curve,
             seconds=time.perf_counter() - self.started,
-            worker=str(os.getpid()),
+            worker=process_name(),
         )
 
 

@@ -60,9 +60,30 @@ class Space:
         return low, low + (high - low) * 0.381966, high
 
 
+def is_one_of(value: Any, values: Iterable[Any]) -> bool:
+    """By their JSON: to Python 1, 1.0 and true are equal, to a job they are not."""
+    return json.dumps(value) in map(json.dumps, values)
+
+
 def is_there(space: Space, assignment: Mapping[str, Any]) -> bool:
     """Whether its conditions hold; one that hangs on a path that is not there is not there either."""
-    return all(path in assignment and assignment[path] in values for path, values in space.when)
+    return all(path in assignment and is_one_of(assignment[path], values) for path, values in space.when)
+
+
+def asked_for(paths: Iterable[str], known: Mapping[str, Space]) -> dict[str, tuple[Any, ...]]:
+    """The values that are left to other paths where all of `paths` are there; none: that is never so.
+
+    Each condition is about one path's value, so what all of them leave together is what they have in common: those of
+    `paths`, and of whatever these conditions need to be there.
+    """
+    left: dict[str, tuple[Any, ...]] = {}
+    waiting = list(paths)
+    while waiting:
+        for path, values in known[waiting.pop()].when:
+            if path not in left:
+                waiting.append(path)
+            left[path] = tuple(v for v in left.get(path, known[path].values) if is_one_of(v, values))
+    return left
 
 
 def sample(spaces: Iterable[Space], rng: random.Random, fixed: Mapping[str, Any] | None = None) -> Assignment:
@@ -93,6 +114,11 @@ def grid(spaces: Sequence[Space]) -> list[Assignment]:
             for more in ([{space.path: v} for v in space.values] if is_there(space, before) else [{}])
         ]
     return found
+
+
+def crossed(spaces: Sequence[Space]) -> list[Assignment]:
+    """Every combination of what is a grid, for searchers that draw the rest."""
+    return grid([space for space in spaces if space.kind == "grid"])
 
 
 def overrides(assignment: Mapping[str, Any]) -> list[str]:

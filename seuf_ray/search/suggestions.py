@@ -41,7 +41,7 @@ def searcher(config: JobConfig, found: Sequence[Space]) -> Searcher:
         return Suggested(found, config.search, config.seed)
     if config.search.searcher == "grid":
         return Listed(spaces.grid(found))
-    crossed = spaces.grid([space for space in found if space.kind == "grid"]) if _has_grid(found) else [{}]
+    crossed = spaces.crossed(found)
     numbers = range(len(crossed) * config.search.num_trials)
     return Listed(
         [
@@ -49,10 +49,6 @@ def searcher(config: JobConfig, found: Sequence[Space]) -> Searcher:
             for n in numbers
         ]
     )
-
-
-def _has_grid(found: Sequence[Space]) -> bool:
-    return any(space.kind == "grid" for space in found)
 
 
 class Listed:

@@ -5,7 +5,6 @@ The task reads its units itself, so they never pass the driver; one that is lost
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,6 +20,7 @@ from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.console import show_layer
 from seuf_ray.job import Job
 from seuf_ray.model.loading import Weights
+from seuf_ray.outputs import clear_cache
 from seuf_ray.stages.group import threads
 
 Bootstraps = Mapping[str, Bootstrap]
@@ -46,7 +46,7 @@ def through_layers(job: Job, units: ray.data.Dataset, bootstraps: Bootstraps) ->
         return _wait(task.remote(units, dict(bootstraps), settings, queue), queue)
     finally:
         queue.shutdown()
-        shutil.rmtree(spill, ignore_errors=True)
+        clear_cache(job)
 
 
 def _wait(reference: ray.ObjectRef, queue: Queue) -> Found:

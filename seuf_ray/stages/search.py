@@ -12,21 +12,24 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.search import Searcher
 
 from seuf_ray import unlearning
 from seuf_ray.artifacts import AttributionReport, TrialRecord
 from seuf_ray.config import ClusterConfig
+from seuf_ray.console import show_kept, show_room
 from seuf_ray.job import Job
+from seuf_ray.outputs import clear_cache
+from seuf_ray.resources import require_slots
 from seuf_ray.search import objectives
 from seuf_ray.search.checking import examples
+from seuf_ray.search.outcome import TUNE, sweep
 from seuf_ray.search.resident import Base
 from seuf_ray.search.schedule import FOLDER, Schedule, tensors_path
 from seuf_ray.search.spaces import derive_trial
 from seuf_ray.stages.boards import TensorBoard
-from seuf_ray.stages.session import require
+from seuf_ray.stages.session import nodes, require
 from seuf_ray.stages.trials import TrialWorker, bundles, write_trial
 from seuf_ray.stages.unlearn import make_task
 from seuf_ray.unlearning import Progress
@@ -43,7 +46,7 @@ QUIET = {
 
 
 def search(job: Job, report: AttributionReport, listener: Listener | None = None) -> list[TrialRecord]:
-    """Run every trial that has no record yet; writes `trials/` and `tensorboard/`.
+    """Run every trial that has no record yet; writes `trials/` and `tensorboard/`, and removes what a killed run left.
 
     Args:
         report: whose experts the trials choose their targets from.
@@ -54,7 +57,10 @@ def search(job: Job, report: AttributionReport, listener: Listener | None = None
         KeyboardInterrupt: Tune was asked to stop.
     """
     require(job.config.cluster)
+    sweep(job)
     schedule = Schedule(job.config, job.path(FOLDER))
+    if schedule.kept:
+        show_kept(schedule.kept, schedule.total)
     if len(schedule.records) < schedule.total:
         _run(job, schedule, base_of(job, report), listener)
     if len(schedule.records) < schedule.total:
@@ -71,29 +77,31 @@ def base_of(job: Job, report: AttributionReport) -> Base:
         derive_trial(job.config, assignment) for assignment, _ in examples(Schedule(job.config).spaces)
     ]
     asked = {name for config in configs for name in unlearning.passes_of(config.algorithm)}
-    return Base(job.config, job.checkpoint.folder, report, make_task(job, unlearning.sets_of(asked)))
+    task = make_task(job, unlearning.sets_of(asked))
+    return Base(job.config, job.checkpoint.folder, report, task, job.cache_dir)
 
 
 def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) -> None:
     for name, value in (QUIET | TOGETHER).items():
         os.environ.setdefault(name, value)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    shutil.rmtree(job.path("tune"), ignore_errors=True)
     folder = str(job.path(FOLDER).absolute())
     trainable = tune.with_parameters(TrialWorker, base=base, folder=folder)
     recorder = Recorder(job, schedule, listener)
+    wanted, left = job.config.search.max_concurrent, schedule.total - len(schedule.records)
+    room = concurrent(job.config.cluster, wanted)
+    if room < min(wanted, left):
+        show_room(room, wanted)
     tuner = tune.Tuner(
         tune.with_resources(trainable, bundles(job.config.cluster)),
         tune_config=tune.TuneConfig(
-            search_alg=InOrder(
-                schedule, recorder, concurrent(job.config.cluster, job.config.search.max_concurrent)
-            ),
-            num_samples=schedule.total - len(schedule.records),
+            search_alg=InOrder(schedule, recorder, room),
+            num_samples=left,
             reuse_actors=True,
             trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(
-            name="tune",
+            name=TUNE,
             storage_path=str(job.config.output_dir.absolute()),
             failure_config=tune.FailureConfig(max_failures=job.config.cluster.max_failures),
             # While a trial that is over was being saved, its group was not free, and the next trial began another one.
@@ -106,20 +114,19 @@ def _run(job: Job, schedule: Schedule, base: Base, listener: Listener | None) ->
         tuner.fit()
     finally:
         recorder.close()
-        shutil.rmtree(job.path("tune"), ignore_errors=True)
-        shutil.rmtree(job.cache_dir, ignore_errors=True)
+        shutil.rmtree(job.path(TUNE), ignore_errors=True)
+        clear_cache(job)
 
 
 def concurrent(cluster: ClusterConfig, most: int) -> int:
-    """So many worker groups find room on the nodes that there are, at least one and at most `most`."""
+    """So many worker groups, up to `most`, find room on the nodes that there are.
+
+    Raises:
+        ConfigError: not one does.
+    """
     if "RAY_CLUSTER_AUTOSCALES" in os.environ:
         return most
-    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = sum(
-        min(int(has.get(name, 0.0) / each + 1e-9) for name, each in wanted.items() if each) for has in nodes
-    )
-    return max(1, min(most, workers // cluster.num_workers))
+    return min(most, require_slots(nodes(), cluster) // cluster.num_workers)
 
 
 class _Unpickled:

@@ -12,6 +12,7 @@ import ray
 
 from seuf_ray.config import ClusterConfig
 from seuf_ray.errors import ConfigError
+from seuf_ray.resources import Node, require_slots
 
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -82,3 +83,10 @@ def require(cluster: ClusterConfig) -> None:
                 f"({each:g} each), the Ray cluster has {there.get(name, 0.0):g} "
                 "(on a cluster that autoscales, set RAY_CLUSTER_AUTOSCALES=1)"
             )
+    require_slots(nodes(), cluster)
+
+
+def nodes() -> list[Node]:
+    """The nodes that there are now; their memory is not asked for here."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [Node(has.get("CPU", 0.0), 0, has.get("GPU", 0.0)) for has in alive]

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import secrets
 import socket
 import traceback
 from collections.abc import Generator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -32,7 +31,7 @@ from seuf_ray.config import ClusterConfig
 from seuf_ray.engine.deepspeed_engine import owned_experts, shard_experts
 from seuf_ray.model.moe import MoEModel
 from seuf_ray.search.objectives import is_result
-from seuf_ray.search.resident import Base, Moment, Resident
+from seuf_ray.search.resident import Base, Moment, Resident, process_name
 from seuf_ray.search.schedule import Trial, tensors_path
 
 TIMEOUT = timedelta(minutes=30)  # of one exchange between ranks
@@ -165,9 +164,13 @@ def load_resident(base: Base, rank: int) -> Resident:
     device = "cuda" if cluster.gpus_per_worker else "cpu"
     model = MoEModel(checkpoint, getattr(torch, base.config.model.dtype), device, owned=owned)
     shard_experts(model, cluster.expert_parallel_size)
-    spill = (base.config.engine.cache_dir or base.config.output_dir / "cache").absolute() / str(os.getpid())
-    shutil.rmtree(spill, ignore_errors=True)  # of a process that was killed
-    return Resident(base, model, spill)
+    return Resident(base, model, spill_folder(base))
+
+
+def spill_folder(base: Base) -> Path | None:
+    """A folder for this process alone: hosts share a disk, and after a kill a process's number is given again."""
+    name = f"{process_name().replace(':', '-')}-{secrets.token_hex(4)}"
+    return base.cache_dir / name if base.cache_dir else None
 
 
 def bundles(cluster: ClusterConfig) -> tune.PlacementGroupFactory:
@@ -192,10 +195,8 @@ def read_trial(config: dict[str, Any]) -> Trial:
 
 
 def save_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Written aside and renamed."""
+    """Written aside and renamed; what is left of it after a kill `outcome.sweep` removes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with suppress(FileNotFoundError):
-        aside.unlink()
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     save_file(tensors, aside)
     aside.replace(path)

@@ -28,7 +28,7 @@ from seuf_ray.engine import Engine, LocalEngine
 from seuf_ray.engine.deepspeed_engine import DeepSpeedEngine
 from seuf_ray.job import Job
 from seuf_ray.monitor import Task
-from seuf_ray.outputs import write_patch
+from seuf_ray.outputs import clear_cache, write_patch
 from seuf_ray.patch import require_storable
 from seuf_ray.stages.boards import Gauges, TensorBoard
 from seuf_ray.stages.group import Settings, WorkerGroup, worker_model
@@ -58,7 +58,7 @@ def unlearn(job: Job, plan: UnlearningPlan, listener: Listener | None = None) ->
             board.show(progress)
             if listener is not None:
                 listener(progress)
-    shutil.rmtree(job.cache_dir, ignore_errors=True)
+    clear_cache(job)
     with group.result.checkpoint.as_directory() as folder:
         return write_patch(job, plan, load_file(Path(folder) / "trained.safetensors"))
 
