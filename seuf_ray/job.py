@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 from seuf_ray import artifacts
 from seuf_ray.artifacts import Artifact, DataSummary, ModelIdentity, UnlearningPlan
-from seuf_ray.attribution.selection import explicit_experts
 from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig, derive
 from seuf_ray.data.rows import (
@@ -32,21 +31,12 @@ from seuf_ray.data.rows import (
 )
 from seuf_ray.data.sources import Found
 from seuf_ray.errors import ConfigError
+from seuf_ray.feasibility import check_job
 from seuf_ray.model.moe import load_tokenizer
 from seuf_ray.passes import Targets
 from seuf_ray.quiz import Quiz, make_quiz
 
 A = TypeVar("A", bound=Artifact)
-
-# Anchors of target experts, and of routers that train: where a scope has none.
-MISSING_FOR = {
-    "full": ("frozen", "onehot"),
-    "routers": ("frozen", "onehot"),
-    "experts": ("onehot", "nullspace"),
-    "shared": ("onehot", "nullspace"),
-    "lora": ("onehot", "nullspace"),
-    "esft": ("nullspace",),
-}
 
 
 @dataclass(frozen=True)
@@ -208,52 +198,10 @@ def _check_variant(config: JobConfig, name: str) -> None:
         raise ConfigError(f"compare {name!r}: {error}") from None
 
 
-def check_job(config: JobConfig, checkpoint: Checkpoint) -> None:
-    """Whether the model can do what the job asks; raises ConfigError where it cannot."""
-    _check_parallelism(config, checkpoint)
-    _check_targets(config, checkpoint)
-
-
-def _check_parallelism(config: JobConfig, checkpoint: Checkpoint) -> None:
-    parallel, experts = config.cluster.expert_parallel_size, checkpoint.shape.num_experts
-    if experts % parallel:
-        raise ConfigError(
-            f"cluster.expert_parallel_size = {parallel} must divide this model's {experts} experts per layer"
-        )
-    if parallel > 1 and config.targets.scope in (*artifacts.IN_PLACE, "lora"):
-        raise ConfigError(
-            f"targets.scope = {config.targets.scope!r} trains in the model itself, whose experts would be spread over "
-            "workers: set cluster.expert_parallel_size = 1 (scopes of experts and routers run expert-parallel)"
-        )
-
-
 def _check_writable(key: str, folder: Path) -> None:
     """Whether `folder` can be made and written; nothing is made yet."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{key} {folder} cannot be written: {there} is no folder that this user may write to"
-        )
-
-
-def _check_targets(config: JobConfig, checkpoint: Checkpoint) -> None:
-    """Top-M is checked against the model before attribution spends any time."""
-    shape, scope = checkpoint.shape, config.targets.scope
-    most = shape.num_experts * (len(shape.moe_layers) if scope in ("model", "random") else 1)
-    if scope == "explicit":
-        explicit_experts(config.targets, shape)
-    if config.anchor.name in MISSING_FOR.get(scope, ()):
-        raise ConfigError(
-            f"anchor.name = {config.anchor.name!r} is about target experts or routers that train, targets.scope = "
-            f"{scope!r} has none: not allowed here are {', '.join(MISSING_FOR[scope])}"
-        )
-    if config.anchor.name == "nullspace" and config.cluster.zero_stage > 0:
-        raise ConfigError(
-            "anchor.name = 'nullspace' changes routers after each step, and "
-            f"cluster.zero_stage = {config.cluster.zero_stage} spreads them over workers: set cluster.zero_stage = 0"
-        )
-    if scope in ("model", "layer", "same_layer", "random") and config.targets.top_m > most:
-        raise ConfigError(
-            f"targets.top_m = {config.targets.top_m}: scope {scope!r} has only {most} experts to choose from "
-            f"({len(shape.moe_layers)} MoE layers of {shape.num_experts})"
         )

@@ -19,7 +19,7 @@ from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import ClusterConfig, JobConfig, TargetsConfig, TrainingConfig
 from seuf_ray.engine import LocalEngine
 from seuf_ray.errors import ConfigError
-from seuf_ray.job import _check_parallelism, _check_targets
+from seuf_ray.feasibility import _check_parallelism, _check_targets
 from seuf_ray.model.moe import MoEModel
 from seuf_ray.patch import rewrite
 

@@ -14,6 +14,7 @@ from seuf_ray.paper.settings import PaperSettings
 Row = dict[str, Any]
 Rows = Sequence[Row]
 FIGURES = ("forget", "utility", "perplexity", "overlap", "kl")
+HEADS = ("forget ↓", "utility ↑", "perplexity", "first choices kept", "routing KL")  # of these
 NAMES = {"ga": "GA", "gdiff": "GDiff", "npo": "NPO", "rmu": "RMU", "rmu_retain_10": "RMU, retain weight 10"}
 ATTACKS = ("int8", "int4", "forced_routing", "paraphrase", "relearned")
 
@@ -83,17 +84,7 @@ def _main(rows: Rows, settings: PaperSettings) -> str:
         for name in settings.methods
         if name in ("full", "lora", "esft", "random", "seuf_one", "seuf_layer_top1")
     ]
-    head = [
-        "algorithm",
-        "method",
-        "forget ↓",
-        "utility ↑",
-        "perplexity",
-        "first choices kept",
-        "routing KL",
-        "seeds",
-    ]
-    head += ["paper: Qwen", "paper: DeepSeek"]
+    head = ["algorithm", "method", *HEADS, "seeds", "paper: Qwen", "paper: DeepSeek"]
     lines = [_line(rows, ORIGINAL, settings.algorithms[0], "")]
     lines += [
         _line(rows, name, algorithm, NAMES[algorithm]) for algorithm in settings.algorithms for name in names
@@ -152,11 +143,7 @@ def _anchors(rows: Rows, settings: PaperSettings) -> str:
 def _weights(rows: Rows) -> str:
     found = {weight: select(rows, method=name, algorithm="ga") for weight, name in WEIGHTS.items()}
     lines = [[f"{weight:g}", *_cells(part)] for weight, part in found.items() if part]
-    return (
-        markdown(["weight", "forget", "utility", "perplexity", "first choices kept", "routing KL"], lines)
-        if lines
-        else ""
-    )
+    return markdown(["weight", *HEADS], lines) if lines else ""
 
 
 def _ratio(rows: Rows) -> str:
@@ -241,14 +228,5 @@ def _other(rows: Rows, model: str, settings: PaperSettings) -> str:
     found = select(rows, protocol="fixed", model=model)
     lines = [_line(found, ORIGINAL, settings.algorithms[0], "")]
     lines += [_line(found, name, a, NAMES[a]) for a in settings.algorithms for name in settings.other_methods]
-    head = [
-        "algorithm",
-        "method",
-        "forget",
-        "utility",
-        "perplexity",
-        "first choices kept",
-        "routing KL",
-        "seeds",
-    ]
+    head = ["algorithm", "method", *HEADS, "seeds"]
     return markdown(head, [line[: len(head)] for line in lines if line]) if any(lines) else ""

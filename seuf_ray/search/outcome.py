@@ -24,7 +24,8 @@ from seuf_ray.attribution.selection import plan_for
 from seuf_ray.attribution.table import write_trials
 from seuf_ray.config import JobConfig, SearchConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.job import Job, check_job, prepare
+from seuf_ray.feasibility import check_job
+from seuf_ray.job import Job, prepare
 from seuf_ray.outputs import AFTER, BEFORE, PLAN, clear_cache, write_patch
 from seuf_ray.search import objectives, spaces, suggestions
 from seuf_ray.search.checking import blamed_on, check, examples
