@@ -36,7 +36,8 @@ from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from seuf_ray import embedded
-from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics
+from seuf_ray.attribution.bootstrap import Bootstrap
+from seuf_ray.attribution.statistics import RoutingStatistics
 from seuf_ray.attribution.streaming import HiddenStates, Unit, stream
 from seuf_ray.attribution.units import Ledger, Record, first_tokens, pack_chunk, read_chunks, unit_batch
 from seuf_ray.checkpoint.folder import Checkpoint

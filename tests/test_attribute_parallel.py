@@ -20,8 +20,9 @@ from tasks import each
 from tiny import FAMILY_NAMES, VOCAB, save_tiny
 
 from seuf_ray.artifacts import AttributionReport
+from seuf_ray.attribution.bootstrap import Bootstrap
 from seuf_ray.attribution.results import results_in_step
-from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, unit_statistics
+from seuf_ray.attribution.statistics import RoutingStatistics, unit_statistics
 from seuf_ray.attribution.units import ACCOUNT, Record, account, unit_batch
 from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import validate

@@ -23,11 +23,12 @@ from tiny import PROVENANCE, save_tiny
 from torch import Tensor
 
 from seuf_ray.artifacts import AttributionReport, DataSummary, Expert, LayerScores, Provenance, UnlearningPlan
+from seuf_ray.attribution.bootstrap import Bootstrap
 from seuf_ray.attribution.esft import esft_experts
 from seuf_ray.attribution.report import chosen, make_report
 from seuf_ray.attribution.results import unit_result
 from seuf_ray.attribution.selection import choose_targets
-from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, unit_statistics
+from seuf_ray.attribution.statistics import RoutingStatistics, unit_statistics
 from seuf_ray.attribution.units import pack_chunk, read_chunks
 from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import AttributionConfig, DataConfig, TargetsConfig

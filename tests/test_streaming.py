@@ -18,7 +18,8 @@ from test_loading import EMBED, HEAD, save_large, save_with, status
 from tiny import FAMILY_NAMES, VOCAB, save_tiny
 from torch import Tensor, nn
 
-from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, Sequences, unit_statistics
+from seuf_ray.attribution.bootstrap import Bootstrap, Sequences
+from seuf_ray.attribution.statistics import RoutingStatistics, unit_statistics
 from seuf_ray.attribution.streaming import HiddenStates, stream
 from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.checkpoint.shards import SINGLE

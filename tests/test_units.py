@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seuf_ray.attribution.statistics import Bootstrap
+from seuf_ray.attribution.bootstrap import Bootstrap
 from seuf_ray.attribution.units import (
     Ledger,
     Record,

@@ -1,7 +1,8 @@
 """Which experts carry a set of texts, and which of them become targets.
 
 units        sources -> packed units, each counted once
-statistics   exact (sum, count) of routing, and their bootstrap
+bootstrap    how often each replicate draws a sequence
+statistics   exact (sum, count) of routing
 results      units -> result records, on one process or on ranks in step
 streaming    the same for a model larger than memory, layer by layer
 report       statistics -> AttributionReport

@@ -28,7 +28,8 @@ from seuf_ray.artifacts import (
     Scores,
     Selection,
 )
-from seuf_ray.attribution.statistics import Integers, RoutingStatistics
+from seuf_ray.attribution.bootstrap import Integers
+from seuf_ray.attribution.statistics import RoutingStatistics
 from seuf_ray.config import AttributionConfig, TargetsConfig
 from seuf_ray.errors import ConfigError
 from seuf_ray.families import Shape

@@ -13,7 +13,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics, unit_statistics
+from seuf_ray.attribution.bootstrap import Bootstrap
+from seuf_ray.attribution.statistics import RoutingStatistics, unit_statistics
 from seuf_ray.attribution.units import Record, account, unit_batch
 from seuf_ray.model.moe import MoEModel
 from seuf_ray.passes import Batch

@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from seuf_ray.attribution.statistics import RoutingStatistics, Sequences, layer_statistics, stack
+from seuf_ray.attribution.bootstrap import Sequences
+from seuf_ray.attribution.statistics import RoutingStatistics, layer_statistics, stack
 from seuf_ray.errors import ConfigError
 from seuf_ray.model.loading import Weights
 from seuf_ray.model.spans import Spans

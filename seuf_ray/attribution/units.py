@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from seuf_ray.artifacts import DataSummary
-from seuf_ray.attribution.statistics import Bootstrap, Sequences
+from seuf_ray.attribution.bootstrap import Bootstrap, Sequences
 from seuf_ray.config import DataConfig
 from seuf_ray.data.batches import collate_packed, pack, units
 from seuf_ray.data.rows import Tokenizer, stream_texts, tokenized

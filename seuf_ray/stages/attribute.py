@@ -19,10 +19,11 @@ import ray.data
 import torch
 
 from seuf_ray.artifacts import AttributionReport, DataSummary, provenance
+from seuf_ray.attribution.bootstrap import Bootstrap
 from seuf_ray.attribution.esft import esft_experts, write_experts
 from seuf_ray.attribution.report import make_report
 from seuf_ray.attribution.results import unit_result
-from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics
+from seuf_ray.attribution.statistics import RoutingStatistics
 from seuf_ray.attribution.table import write_table
 from seuf_ray.attribution.units import Ledger, Record
 from seuf_ray.checkpoint.folder import Checkpoint

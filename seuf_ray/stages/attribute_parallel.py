@@ -19,8 +19,8 @@ import torch
 from ray.util.queue import Queue
 
 from seuf_ray import config as configs
+from seuf_ray.attribution.bootstrap import Bootstrap
 from seuf_ray.attribution.results import results_in_step
-from seuf_ray.attribution.statistics import Bootstrap
 from seuf_ray.attribution.units import Record
 from seuf_ray.engine.deepspeed_engine import shard_experts
 from seuf_ray.errors import ConfigError, MismatchError

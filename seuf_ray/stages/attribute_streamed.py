@@ -13,7 +13,8 @@ import ray.data
 import torch
 from ray.util.queue import Queue
 
-from seuf_ray.attribution.statistics import Bootstrap, RoutingStatistics
+from seuf_ray.attribution.bootstrap import Bootstrap
+from seuf_ray.attribution.statistics import RoutingStatistics
 from seuf_ray.attribution.streaming import HiddenStates, Unit, stream
 from seuf_ray.attribution.units import Record, account, unit_batch
 from seuf_ray.checkpoint.folder import Checkpoint
