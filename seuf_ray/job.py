@@ -30,7 +30,7 @@ from seuf_ray.data.rows import (
     tokenize,
 )
 from seuf_ray.data.sources import Found
-from seuf_ray.errors import ConfigError
+from seuf_ray.errors import ConfigError, said_of
 from seuf_ray.feasibility import check_job
 from seuf_ray.model.moe import load_tokenizer
 from seuf_ray.passes import Targets
@@ -69,29 +69,31 @@ class Job:
 
     @cached_property
     def forget(self) -> TextSet:
-        return self._texts(self.config.data.forget)
+        return self._texts("data.forget", self.config.data.forget)
 
     @cached_property
     def retain(self) -> TextSet:
-        return self._texts(self.config.data.retain)
+        return self._texts("data.retain", self.config.data.retain)
 
     @cached_property
     def idk(self) -> list[Row]:
         """For each row of `forget` the one that an algorithm with an idk pass prefers."""
-        data, (texts, _) = self.config.data, self._read(self.config.data.forget)
+        data, (texts, _) = self.config.data, self._read("data.forget", self.config.data.forget)
         return idk_rows(texts, self.tokenizer, data.sequence_length, data.idk_answer)
 
     @cached_property
     def perplexity(self) -> TextSet:
-        return self._texts(self.config.evaluation.perplexity)
+        return self._texts("evaluation.perplexity", self.config.evaluation.perplexity)
 
     @cached_property
     def forget_quizzes(self) -> list[Quiz]:
-        return [self._quiz(source) for source in self.config.forget_questions]
+        with said_of(*self._asked("forget", "data.forget is read as questions")):
+            return [self._quiz(source) for source in self.config.forget_questions]
 
     @cached_property
     def utility_quizzes(self) -> list[Quiz]:
-        return [self._quiz(source) for source in self.config.utility_questions]
+        with said_of(*self._asked("utility", "the other embedded domains are asked")):
+            return [self._quiz(source) for source in self.config.utility_questions]
 
     def targets(self, plan: UnlearningPlan) -> Targets:
         """What the plan means to an anchor."""
@@ -130,13 +132,23 @@ class Job:
         """A file or folder of this job's output."""
         return self.config.output_dir / name
 
-    def _texts(self, sources: Sequence[str]) -> TextSet:
-        texts, found = self._read(sources)
-        rows = tokenize(texts, self.tokenizer, self.config.data.sequence_length)
+    def _asked(self, kind: str, default: str) -> tuple[str, str]:
+        """The key that the questions of `kind` come from, and what to say of them where nobody wrote it."""
+        key = f"evaluation.{kind}"
+        if getattr(self.config.evaluation, kind):
+            return key, ""
+        own = "data.forget" if kind == "forget" else key
+        return own, f"; {key} is not set, so {default}: name question sources there"
+
+    def _texts(self, key: str, sources: Sequence[str]) -> TextSet:
+        texts, found = self._read(key, sources)
+        with said_of(key):
+            rows = tokenize(texts, self.tokenizer, self.config.data.sequence_length)
         return TextSet(rows, summarize(sources, found, rows))
 
-    def _read(self, sources: Sequence[str]) -> tuple[list[str], list[Found]]:
-        texts, found = zip(*(read_texts(source, self.config.data) for source in sources), strict=True)
+    def _read(self, key: str, sources: Sequence[str]) -> tuple[list[str], list[Found]]:
+        with said_of(key):
+            texts, found = zip(*(read_texts(source, self.config.data) for source in sources), strict=True)
         return [text for part in texts for text in part], list(found)
 
     def _quiz(self, source: str) -> Quiz:
@@ -167,8 +179,10 @@ def prepare_attribution(config: JobConfig) -> Job:
         ConfigError: the checkpoint is not usable as written, or a source does not begin with a usable text.
     """
     job = Job(config)
-    for source in (*config.data.forget, *config.data.retain):
-        next(iter(stream_texts(source, config.data)))
+    for key, sources in (("data.forget", config.data.forget), ("data.retain", config.data.retain)):
+        with said_of(key):
+            for source in sources:
+                next(iter(stream_texts(source, config.data)))
     return job
 
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seuf_ray.checkpoint.folder import resolve
 from seuf_ray.config import load, validate
 from seuf_ray.errors import ConfigError
-from seuf_ray.job import prepare
+from seuf_ray.job import prepare, prepare_attribution
 from seuf_ray.outputs import EVERYTHING, claim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +86,35 @@ def _refused(tmp_path: Path, said: str, **values: Any) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     _refused(tmp_path, r"nowhere\.jsonl", data={"forget": "data/nowhere.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("data.forget", {"data": {"forget": "SOURCE"}}),
+        ("data.retain", {"data": {"retain": "SOURCE"}}),
+        ("evaluation.forget", {"evaluation": {"forget": "SOURCE"}}),
+        ("evaluation.utility", {"evaluation": {"utility": "SOURCE"}}),
+        ("evaluation.perplexity", {"evaluation": {"perplexity": "SOURCE"}}),
+    ],
+)
+def test_the_key_that_names_a_bad_source_is_said(tmp_path: Path, key: str, values: dict[str, Any]) -> None:
+    ((section, names),) = values.items()
+    missing = {section: {name: str(tmp_path / "none.jsonl") for name in names}}
+    _refused(tmp_path, rf"^{key}: .*none\.jsonl", **missing)
+
+
+def test_a_forget_set_that_holds_no_questions_says_where_questions_go(tmp_path: Path) -> None:
+    own = tmp_path / "t.jsonl"
+    own.write_text('{"text": "gold is Au, and iron is Fe"}\n')
+    said = r"^data\.forget: .*t\.jsonl:1: a question needs .* evaluation\.forget is not set, so data\.forget is read"
+    _refused(tmp_path, said, data={"forget": str(own)})
+
+
+def test_attribution_alone_names_the_key_too(tmp_path: Path) -> None:
+    data = {"retain": str(tmp_path / "none.jsonl")}
+    with pytest.raises(ConfigError, match=r"^data\.retain: .*none\.jsonl"):
+        prepare_attribution(validate({"output_dir": str(tmp_path / "out"), "data": data}))
 
 
 def test_an_empty_forget_file_is_named(tmp_path: Path) -> None:
