@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import get_args
@@ -40,11 +41,25 @@ def command_as(kind: type[S], description: str | None, argv: list[str] | None = 
     )
     parser.add_argument("file", metavar="FILE.toml", help="the job file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="dotted.path=value", help="e.g. training.learning_rate=1e-3"
+        "overrides",
+        nargs="*",
+        default=[],  # else argparse would say that they are required
+        metavar="dotted.path=value",
+        help="e.g. training.learning_rate=1e-3",
     )
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_advice(unknown))
     _find_modules_here()
     return load_as(kind, arguments.file, arguments.overrides)
+
+
+def _advice(unknown: Sequence[str]) -> str:
+    """What to write in place of arguments that are none; overrides look like options to many."""
+    path, _, value = unknown[0].lstrip("-").partition("=")
+    if re.fullmatch(r"\w+(\.\w+)*", path) and unknown[0].startswith("-"):
+        return f"{unknown[0]}: write {path}={value or 'value'}, without dashes"
+    return f"unknown arguments: {' '.join(unknown)}"
 
 
 def pair_after(flag: str, argv: list[str] | None = None) -> tuple[Path, Path] | None:

@@ -11,6 +11,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seuf_ray.checkpoint.folder import resolve
+from seuf_ray.command import command
 from seuf_ray.config import load, validate
 from seuf_ray.errors import ConfigError
 from seuf_ray.job import prepare, prepare_attribution
@@ -62,6 +63,22 @@ def test_mistakes_in_the_job_file_are_one_message_and_no_traceback(
     assert done.returncode == 1
     assert said in done.stderr and "Traceback" not in done.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: FILE.toml\n"),
+        (["jobs/demo.toml", "seed=1", "--training.steps=3"], "write training.steps=3, without dashes"),
+        (["jobs/demo.toml", "--seed", "3"], "write seed=value, without dashes"),
+    ],
+)
+def test_mistakes_in_the_command_say_what_to_write(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command("a job", arguments)
+    assert said in capsys.readouterr().err
 
 
 def test_the_demo_is_valid_and_complete() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from seuf_ray.config.section import LABEL, Section, Sources
+from seuf_ray.config.section import LABEL, Experts, Section, Sources
 
 
 class ModelConfig(Section):
@@ -90,7 +89,7 @@ class TargetsConfig(Section):
         "routed experts, routers or shared experts; lora: adapters on attention and experts",
     )
     top_m: int = Field(1, ge=1, description="M, the number of target experts (per layer for scope = layer)")
-    experts: list[tuple[int, int]] | Path | None = Field(
+    experts: Experts = Field(
         None,
         description="for scope = explicit: [[layer, expert], ...], or the path of an ESFT expert configuration",
     )
