@@ -193,14 +193,20 @@ def derive_variant(config: JobConfig, name: str) -> JobConfig:
         ConfigError: the job with that row's overrides is not allowed; says which row it is.
     """
     variant = next(v for v in config.compare if v.name == name)
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
-    folder = config.output_dir / "compare" / slug
+    folder = config.output_dir / "compare" / variant.slug
+    own = [f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"]
     try:
-        return derive(
-            config, [*variant.overrides, f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"]
-        )
+        found = derive(config, [*variant.overrides, *own])
     except ConfigError as error:
         raise ConfigError(f"compare {name!r}: {error}") from None
+    for key in ("name", "revision"):  # the row's experts are chosen from the scores of the job's model
+        ours, theirs = getattr(config.model, key), getattr(found.model, key)
+        if ours != theirs:
+            raise ConfigError(
+                f"compare {name!r}: a row shares the job's model, model.{key} = {ours!r} (got {theirs!r}): run another "
+                "model as a job of its own"
+            )
+    return found
 
 
 def _check_variant(config: JobConfig, name: str) -> None:

@@ -114,6 +114,13 @@ def test_a_mistake_is_one_line_that_says_its_place_once(job: Path) -> None:
         assert len(message.splitlines()) == 1 and not message.startswith(f"{key}:"), message
 
 
+@pytest.mark.parametrize("names", [("x y", "x-y"), ("full", "Full"), ("full", "full")])
+def test_rows_of_the_comparison_have_folders_of_their_own(job: Path, names: tuple[str, str]) -> None:
+    rows = ", ".join(f'{{name = "{name}"}}' for name in names)
+    message = _refused(job, f"compare=[{rows}]")
+    assert all(repr(name) in message for name in names) and "share the folder compare/" in message
+
+
 def test_whole_numbers_may_stand_for_numbers(job: Path) -> None:
     made = config.load(job, ["training.learning_rate=1", "anchor.weight=2", "guards.max_kl=3"])
     assert (made.training.learning_rate, made.guards.max_kl) == (1.0, 3.0)

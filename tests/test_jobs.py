@@ -205,7 +205,9 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
             ["targets.scope=experts", "anchor.name=onehot", "cluster.expert_parallel_size=1"],
             "anchor.name = 'onehot'",
         ),
-        (["model.name=/nowhere"], "/nowhere"),
+        (["model.name=/nowhere"], "a row shares the job's model.*'/nowhere'"),
+        (["model.name=embedded:unspecialised"], "a row shares the job's model.*'embedded:unspecialised'"),
+        (["model.revision=abc"], "a row shares the job's model, model.revision = None .*'abc'"),
     ],
 )
 def test_a_bad_variant_is_refused_at_once(tmp_path: Path, overrides: list[str], why: str) -> None:

@@ -6,6 +6,7 @@ wrong values are refused with that path, what is allowed and a did-you-mean, bef
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Sequence
@@ -81,6 +82,16 @@ class JobConfig(Section):
     def _one_way_to_continue(self) -> JobConfig:
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _a_folder_for_each_row(self) -> JobConfig:
+        for one, other in itertools.combinations(self.compare, 2):
+            if one.slug == other.slug:
+                raise ValueError(
+                    f"compare: rows {one.name!r} and {other.name!r} would share the folder compare/{one.slug}: give "
+                    "one of them another name"
+                )
         return self
 
     @property

@@ -177,3 +177,8 @@ class Variant(Section):
 
     name: str = Field(pattern=LABEL, description="label of the row, and (slugged) its folder")
     overrides: list[str] = Field([], description='["targets.scope=full", "training.learning_rate=3e-4"]')
+
+    @property
+    def slug(self) -> str:
+        """The name of its folder."""
+        return "".join(c if c.isalnum() else "-" for c in self.name.lower())

@@ -52,13 +52,9 @@ def _paths(kind: type[BaseModel]) -> Iterator[str]:
     """The keys of `kind` and of its tables, plug-ins' apart."""
     for name, field in kind.model_fields.items():
         yield name
-        if _is_table(field.annotation):
-            yield from (f"{name}.{key}" for key in field.annotation.model_fields)
-
-
-def _is_table(annotation: Any) -> bool:
-    is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-    return is_model and not issubclass(annotation, plugins.Plugin)
+        inside = field.annotation
+        if isinstance(inside, type) and issubclass(inside, BaseModel):
+            yield from (f"{name}.{key}" for key in inside.model_fields if inside is not plugins.Plugin)
 
 
 def _fields_at(model: type[BaseModel], values: dict[str, Any], loc: Sequence[Any]) -> list[str]:
