@@ -121,6 +121,19 @@ def test_rows_of_the_comparison_have_folders_of_their_own(job: Path, names: tupl
     assert all(repr(name) in message for name in names) and "share the folder compare/" in message
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["cluster.engine=local", "cluster.num_workers=2"], "cluster.engine = 'local' is for one worker"),
+        (["cluster.engine=local", "cluster.zero_stage=1"], "cluster.zero_stage = 1 is DeepSpeed's"),
+        (["cluster.zero_stage=2"], "cluster.zero_stage = 2 is DeepSpeed's"),
+    ],
+)
+def test_engines_that_cannot_are_refused(job: Path, overrides: list[str], words: str) -> None:
+    assert _refused(job, *overrides).startswith(words)
+    config.load(job, [*overrides, "cluster.engine=deepspeed"])
+
+
 def test_whole_numbers_may_stand_for_numbers(job: Path) -> None:
     made = config.load(job, ["training.learning_rate=1", "anchor.weight=2", "guards.max_kl=3"])
     assert (made.training.learning_rate, made.guards.max_kl) == (1.0, 3.0)
