@@ -29,8 +29,8 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
 
 @contextmanager
 def said_of(key: str, advice: str = "") -> Iterator[None]:
-    """What is wrong with data inside begins with the key that names the source, and ends with `advice`."""
+    """What is wrong inside is said of the key that asked for it, and ends with `advice`."""
     try:
         yield
-    except DataError as error:
-        raise DataError(f"{key}: {error}{advice}") from error
+    except (ConfigError, MismatchError) as error:
+        raise type(error)(f"{key}: {error}{advice}") from error

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from seuf_ray import artifacts
-from seuf_ray.artifacts import Artifact, DataSummary, ModelIdentity, UnlearningPlan
+from seuf_ray.artifacts import (
+    Artifact,
+    AttributionReport,
+    DataSummary,
+    ModelIdentity,
+    PatchManifest,
+    UnlearningPlan,
+)
 from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig, derive
 from seuf_ray.data.rows import (
@@ -34,6 +41,7 @@ from seuf_ray.errors import ConfigError, said_of
 from seuf_ray.feasibility import check_job
 from seuf_ray.model.moe import load_tokenizer
 from seuf_ray.passes import Targets
+from seuf_ray.patch import MANIFEST
 from seuf_ray.quiz import Quiz, make_quiz
 
 A = TypeVar("A", bound=Artifact)
@@ -162,11 +170,13 @@ def prepare(config: JobConfig) -> Job:
     """The job with all of its inputs read and checked.
 
     Raises:
-        ConfigError: checkpoint, data, questions or parallelism are not usable as written.
+        ConfigError: checkpoint, data, questions, inputs or parallelism are not usable as written.
+        MismatchError: an input was made for another model.
     """
     job = Job(config)
     for part in ("forget", "retain", "perplexity", "forget_quizzes", "utility_quizzes"):
         getattr(job, part)
+    _check_inputs(job)
     for variant in config.compare:
         _check_variant(config, variant.name)
     return job
@@ -207,6 +217,20 @@ def derive_variant(config: JobConfig, name: str) -> JobConfig:
                 "model as a job of its own"
             )
     return found
+
+
+def _check_inputs(job: Job) -> None:
+    """What `inputs` names is there and speaks of this model; found late, it would have cost an attribution."""
+    inputs = job.config.inputs
+    kinds: dict[str, tuple[type[Artifact], Path | None]] = {
+        "attribution": (AttributionReport, inputs.attribution),
+        "plan": (UnlearningPlan, inputs.plan),
+        "patch": (PatchManifest, inputs.patch / MANIFEST if inputs.patch else None),
+    }
+    for key, (kind, path) in kinds.items():
+        if path is not None:
+            with said_of(f"inputs.{key}"):
+                job.read(kind, path.name, path)
 
 
 def _check_variant(config: JobConfig, name: str) -> None:

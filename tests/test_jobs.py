@@ -165,6 +165,29 @@ def test_the_full_baseline_is_not_expert_parallel(tmp_path: Path) -> None:
     _refused(tmp_path, "expert_parallel_size = 1", targets={"scope": "full"}, cluster=parallel)
 
 
+@pytest.mark.parametrize("key", ["attribution", "plan", "patch"])
+def test_inputs_that_are_not_there_are_refused_before_attribution(tmp_path: Path, key: str) -> None:
+    _refused(tmp_path, rf"^inputs\.{key}: .*none.*: no such file", inputs={key: str(tmp_path / "none")})
+    (tmp_path / "folder" / "manifest.json").mkdir(parents=True)
+    _refused(tmp_path, rf"^inputs\.{key}: .*Is a directory", inputs={key: str(tmp_path / "folder")})
+
+
+def test_the_pipeline_evaluates_nobody_elses_patch(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_job(
+        "jobs/pipeline.py", "jobs/demo.toml", f"output_dir={str(out)!r}", "inputs.patch=some/patch"
+    )
+    assert done.returncode == 1 and "inputs.patch: the pipeline trains a patch of its own" in done.stderr
+    assert not out.exists()
+
+
+def test_lora_without_peft_is_refused_before_a_worker_misses_it(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    lora = {"targets": {"scope": "lora"}, "anchor": "none"}
+    _refused(tmp_path, r"targets\.scope = 'lora'.*pip install 'seuf-ray\[lora\]'", **lora)
+    _prepare(tmp_path)
+
+
 def test_folders_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     _refused(
