@@ -205,10 +205,8 @@ def derive_variant(config: JobConfig, name: str) -> JobConfig:
     variant = next(v for v in config.compare if v.name == name)
     folder = config.output_dir / "compare" / variant.slug
     own = [f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"]
-    try:
+    with said_of(f"compare {name!r}"):
         found = derive(config, [*variant.overrides, *own])
-    except ConfigError as error:
-        raise ConfigError(f"compare {name!r}: {error}") from None
     for key in ("name", "revision"):  # the row's experts are chosen from the scores of the job's model
         ours, theirs = getattr(config.model, key), getattr(found.model, key)
         if ours != theirs:
@@ -236,10 +234,8 @@ def _check_inputs(job: Job) -> None:
 def _check_variant(config: JobConfig, name: str) -> None:
     """What can be wrong with a row of the comparison is found before the job's own training."""
     variant = derive_variant(config, name)
-    try:
+    with said_of(f"compare {name!r}"):
         Job(variant)
-    except ConfigError as error:
-        raise ConfigError(f"compare {name!r}: {error}") from None
 
 
 def _check_writable(key: str, folder: Path) -> None:

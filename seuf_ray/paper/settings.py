@@ -25,6 +25,12 @@ class Measuring(Section):
     )
 
 
+class CellsConfig(ClusterConfig):
+    """A worker is a cell here, and trains alone."""
+
+    num_workers: int = Field(2, ge=1, description="cells that run at the same time")
+
+
 class PaperSettings(Section):
     """Everything that `jobs/paper_tables.py` may be told."""
 
@@ -66,9 +72,7 @@ class PaperSettings(Section):
     max_rates: int = Field(6, ge=1, description="learning rates tried at most where the best lies at an edge")
     measuring: Measuring = Measuring()
     overrides: list[str] = Field([], description='of every job: ["training.batch_size=16"]')
-    cluster: ClusterConfig = Field(
-        ClusterConfig(num_workers=2), description="num_workers: cells that run at the same time"
-    )
+    cluster: CellsConfig = CellsConfig()
 
     @model_validator(mode="after")
     def _known_names(self) -> PaperSettings:
