@@ -111,7 +111,12 @@ def test_paths_may_be_written_without_quotes() -> None:
         ),
         (
             SPACE | {"algorithm.beta": {"uniform": [0.1, 1.0]}},
-            ["algorithm.beta", "algorithm.name = 'ga'", "unknown key"],
+            [
+                "algorithm.beta",
+                "algorithm.name = 'ga'",
+                "unknown key",
+                """restrict it with when = {"algorithm.name" = ["npo", "dpo"]}""",
+            ],
         ),
         (
             {
