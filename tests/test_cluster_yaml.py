@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,15 @@ def test_versions_are_pinned_to_the_tested_ones() -> None:
     assert any(f"torch=={pins['torch']}" in command for command in _commands())
 
 
+def test_every_scope_and_searcher_finds_its_packages() -> None:
+    """targets.scope = lora needs peft, jobs/search_demo.toml optuna."""
+    (install,) = (shlex.split(command) for command in _commands() if "constraints.txt" in command)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for needed in (*extras["lora"], *extras["search"]):
+        assert re.split(r"[\[<>=]", needed)[0] in install
+
+
 def test_commands_are_shell() -> None:
     assert _commands()
     for command in _commands():
@@ -95,4 +106,10 @@ def test_runtime_env() -> None:
     RuntimeEnv(
         env_vars=document["env_vars"], excludes=document["excludes"]
     )  # raises for keys Ray does not know
-    assert not set(document) - {"working_dir", "excludes", "env_vars"}  # packages belong into the image
+    # The head offers no CPU, so what is there when a job comes says nothing of what it can have.
+    assert document["env_vars"]["RAY_CLUSTER_AUTOSCALES"] == "1"
+    assert not set(document) - {
+        "working_dir",
+        "excludes",
+        "env_vars",
+    }  # packages are installed when a node starts
