@@ -18,6 +18,12 @@ from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
+from seuf_ray.config import validate
+from seuf_ray.errors import ConfigError
+from seuf_ray.stages import resources
+from seuf_ray.stages.data import require_room
+from seuf_ray.stages.session import require
+
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
 NODE_TYPES: dict[str, Any] = CLUSTER["available_node_types"]
@@ -96,6 +102,25 @@ def test_the_head_scales_and_every_process_needs_the_token() -> None:
     options = " ".join(CLUSTER["docker"]["run_options"])
     token = options.split("RAY_AUTH_TOKEN_PATH=")[1].split()[0]
     assert "RAY_AUTH_MODE=token" in options and token in CLUSTER["file_mounts"]
+
+
+def test_a_job_is_not_refused_for_what_the_cluster_does_not_have_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its session, nor its actors, nor what it will need: a task asks for a worker's node first."""
+    head = {"Alive": True, "Resources": {"memory": 2.0**35}}
+    worker = {"Alive": True, "Resources": {"memory": 2.0**36, "CPU": 8.0}}
+    there = [head]
+    monkeypatch.delenv("RAY_CLUSTER_AUTOSCALES", raising=False)
+    monkeypatch.setattr(ray, "nodes", lambda: there)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(resources, "_on_a_worker", lambda *_: there.append(worker) or 0)
+    job = validate({"output_dir": "x"})
+    with pytest.raises(ConfigError, match="RAY_CLUSTER_AUTOSCALES=1"):
+        require(job.cluster)
+    monkeypatch.setenv("RAY_CLUSTER_AUTOSCALES", "1")
+    require(job.cluster)
+    require_room("attribution.num_actors", 2, job.cluster)
+    found = resources.at_hand(job)
+    assert found.share(1, job.cluster).host == 2**36
 
 
 def test_runtime_env() -> None:
