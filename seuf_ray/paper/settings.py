@@ -18,8 +18,10 @@ class Measuring(Section):
     """How many questions are asked; part of what a cell depends on."""
 
     curve: int = Field(40, ge=2, description="questions of each kind along a run of fixed length")
-    matched: int = Field(80, ge=2, description="... along a run that ends at the matched level")
-    final: int = Field(160, ge=2, description="... of the test split at the end of a run")
+    matched: int = Field(
+        80, ge=2, description="questions of each kind along a run that ends at the matched level"
+    )
+    final: int = Field(160, ge=2, description="questions of each kind of the test split, at the end of a run")
     texts: int = Field(
         200, ge=1, description="forget texts for routing drift, and general ones for perplexity"
     )
