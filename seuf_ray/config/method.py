@@ -54,8 +54,8 @@ class AttributionConfig(Section):
     num_actors: int = Field(
         1,
         ge=1,
-        description="Ray actors of attribution (engine = actors), and of evaluation whatever the engine; each holds the "
-        "whole model",
+        description="Ray actors of attribution (engine = actors), and of evaluation whatever the engine; each holds "
+        "the whole model",
     )
     unit_rows: int = Field(
         8,
