@@ -57,6 +57,7 @@ def test_an_empty_job_only_needs_a_folder(tmp_path: Path) -> None:
         ("cluster.num_workers=3", None),
         ("anchor=false", ["anchor: expected a name or a table like", 'name = "kl"', "got False"]),
         ("algorithm=3", ["algorithm: expected a name or a table like", "got 3"]),
+        ('compare={name="a"}', ["compare: expected a list of tables: write [[compare]]"]),
         ("training=3", ["training: expected a table (got 3)"]),
         (
             "targets.experts=[0, 1]",

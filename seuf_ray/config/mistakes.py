@@ -27,6 +27,8 @@ def explain(kind: type[BaseModel], values: dict[str, Any], error: ValidationErro
             lines.append(f"{where}: unknown key; {_meant(kind, values, loc)}")
             continue
         message = IN_WORDS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+        if item["type"] == "list_type" and isinstance(item["input"], dict):
+            message = f"expected a list of tables: write [[{where}]]"
         got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
         is_said = not where or message.startswith(f"{where}.")  # what is about several keys names them itself
         lines.append(f"{message}{got}" if is_said else f"{where}: {message}{got}")
