@@ -8,6 +8,7 @@ from seuf_ray.command import command
 
 config = command(__doc__)  # before torch and ray are imported: --help and mistakes cost nothing
 
+from seuf_ray.artifacts import AttributionReport
 from seuf_ray.console import (
     heading,
     progress_printer,
@@ -16,8 +17,9 @@ from seuf_ray.console import (
     show_needs,
     show_plan,
 )
+from seuf_ray.errors import ConfigError
 from seuf_ray.job import prepare
-from seuf_ray.outputs import EVERYTHING, claim, read_metrics
+from seuf_ray.outputs import ATTRIBUTION, EVERYTHING, claim, read_metrics
 from seuf_ray.report import console_table, write_report
 from seuf_ray.stages.attribute import attribute
 from seuf_ray.stages.compare import compare
@@ -27,12 +29,19 @@ from seuf_ray.stages.resources import foresee
 from seuf_ray.stages.session import session
 from seuf_ray.stages.unlearn import unlearn
 
+if config.inputs.patch is not None:
+    raise ConfigError(
+        "inputs.patch: the pipeline trains a patch of its own; python jobs/evaluate.py evaluates another run's"
+    )
 job = prepare(config)  # reads and checks everything; nothing is written before this returns
 claim(config, *EVERYTHING)
 
 with session(config.cluster):
-    heading("attribute: which experts does the forget set use?")
-    report = attribute(job)
+    if config.inputs.attribution is None:
+        heading("attribute: which experts does the forget set use?")
+        report = attribute(job)
+    else:
+        report = job.read(AttributionReport, ATTRIBUTION, config.inputs.attribution)
     show_attribution(report)
 
     heading("plan: the top-M of them, and their routers")

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import get_args
-
-from pydantic import BaseModel
 
 from seuf_ray.config import JobConfig, S, load_as
+from seuf_ray.config.keys import keys_of
 from seuf_ray.errors import ConfigError, MismatchError
 
 
@@ -35,16 +34,31 @@ def command_as(kind: type[S], description: str | None, argv: list[str] | None = 
     sys.excepthook = _say
     parser = argparse.ArgumentParser(
         description=description,
-        epilog="keys of the job file, each also an override:\n\n" + "\n".join(_keys(kind)),
+        epilog="keys of the job file, each also an override; NAME[] are those of a [[NAME]] row:\n\n"
+        + "\n".join(map(str, keys_of(kind))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("file", metavar="FILE.toml", help="the job file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="dotted.path=value", help="e.g. training.learning_rate=1e-3"
+        "overrides",
+        nargs="*",
+        default=[],  # else argparse would say that they are required
+        metavar="dotted.path=value",
+        help="e.g. training.learning_rate=1e-3",
     )
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(_advice(unknown))
     _find_modules_here()
     return load_as(kind, arguments.file, arguments.overrides)
+
+
+def _advice(unknown: Sequence[str]) -> str:
+    """What to write in place of arguments that are none; overrides look like options to many."""
+    path, _, value = unknown[0].lstrip("-").partition("=")
+    if re.fullmatch(r"\w+(\.\w+)*", path) and unknown[0].startswith("-"):
+        return f"{unknown[0]}: write {path}={value or 'value'}, without dashes"
+    return f"unknown arguments: {' '.join(unknown)}"
 
 
 def pair_after(flag: str, argv: list[str] | None = None) -> tuple[Path, Path] | None:
@@ -63,22 +77,6 @@ def _find_modules_here() -> None:
     """Plug-ins in the current folder: a script finds those beside itself only. Ray gives its workers the same path."""
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """One line per key: dotted path, default, meaning."""
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and not field.validate_default:
-            yield from _keys(kind, f"{prefix}{name}.")
-            continue
-        default = "" if field.is_required() else f" [{field.default}]"
-        choices = f" ({' | '.join(map(str, get_args(kind)))})" if _is_literal(kind) else ""
-        yield f"  {prefix}{name}{default}{choices}\n      {field.description or ''}"
-
-
-def _is_literal(kind: object) -> bool:
-    return bool(get_args(kind)) and all(isinstance(value, str | int) for value in get_args(kind))
 
 
 def _say(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -24,3 +25,12 @@ def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     close = get_close_matches(word, names, n=1, cutoff=0.5)
     guess = f"did you mean {close[0]!r}? " if close else ""
     return f"{guess}allowed: {', '.join(names)}"
+
+
+@contextmanager
+def said_of(key: str, advice: str = "") -> Iterator[None]:
+    """What is wrong inside is said of the key that asked for it, and ends with `advice`."""
+    try:
+        yield
+    except (ConfigError, MismatchError) as error:
+        raise type(error)(f"{key}: {error}{advice}") from error

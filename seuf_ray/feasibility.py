@@ -7,6 +7,7 @@ from seuf_ray.attribution.selection import explicit_experts
 from seuf_ray.checkpoint.folder import Checkpoint
 from seuf_ray.config import JobConfig
 from seuf_ray.errors import ConfigError
+from seuf_ray.model.lora import require_peft
 
 # Anchors of target experts, and of routers that train: where a scope has none.
 MISSING_FOR = {
@@ -20,7 +21,9 @@ MISSING_FOR = {
 
 
 def check_job(config: JobConfig, checkpoint: Checkpoint) -> None:
-    """Whether the model can do what the job asks; raises ConfigError where it cannot."""
+    """Whether the model can do what the job asks, with what is installed; raises ConfigError where it cannot."""
+    if config.targets.scope == "lora":
+        require_peft()
     _check_parallelism(config, checkpoint)
     _check_targets(config, checkpoint)
 

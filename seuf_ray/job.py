@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from seuf_ray import artifacts
-from seuf_ray.artifacts import Artifact, DataSummary, ModelIdentity, UnlearningPlan
+from seuf_ray.artifacts import (
+    Artifact,
+    AttributionReport,
+    DataSummary,
+    ModelIdentity,
+    PatchManifest,
+    UnlearningPlan,
+)
 from seuf_ray.checkpoint.folder import Checkpoint, resolve
 from seuf_ray.config import JobConfig, derive
 from seuf_ray.data.rows import (
@@ -30,10 +37,11 @@ from seuf_ray.data.rows import (
     tokenize,
 )
 from seuf_ray.data.sources import Found
-from seuf_ray.errors import ConfigError
+from seuf_ray.errors import ConfigError, said_of
 from seuf_ray.feasibility import check_job
 from seuf_ray.model.moe import load_tokenizer
 from seuf_ray.passes import Targets
+from seuf_ray.patch import MANIFEST
 from seuf_ray.quiz import Quiz, make_quiz
 
 A = TypeVar("A", bound=Artifact)
@@ -69,29 +77,31 @@ class Job:
 
     @cached_property
     def forget(self) -> TextSet:
-        return self._texts(self.config.data.forget)
+        return self._texts("data.forget", self.config.data.forget)
 
     @cached_property
     def retain(self) -> TextSet:
-        return self._texts(self.config.data.retain)
+        return self._texts("data.retain", self.config.data.retain)
 
     @cached_property
     def idk(self) -> list[Row]:
         """For each row of `forget` the one that an algorithm with an idk pass prefers."""
-        data, (texts, _) = self.config.data, self._read(self.config.data.forget)
+        data, (texts, _) = self.config.data, self._read("data.forget", self.config.data.forget)
         return idk_rows(texts, self.tokenizer, data.sequence_length, data.idk_answer)
 
     @cached_property
     def perplexity(self) -> TextSet:
-        return self._texts(self.config.evaluation.perplexity)
+        return self._texts("evaluation.perplexity", self.config.evaluation.perplexity)
 
     @cached_property
     def forget_quizzes(self) -> list[Quiz]:
-        return [self._quiz(source) for source in self.config.forget_questions]
+        with said_of(*self._asked("forget", "data.forget is read as questions")):
+            return [self._quiz(source) for source in self.config.forget_questions]
 
     @cached_property
     def utility_quizzes(self) -> list[Quiz]:
-        return [self._quiz(source) for source in self.config.utility_questions]
+        with said_of(*self._asked("utility", "the other embedded domains are asked")):
+            return [self._quiz(source) for source in self.config.utility_questions]
 
     def targets(self, plan: UnlearningPlan) -> Targets:
         """What the plan means to an anchor."""
@@ -130,13 +140,23 @@ class Job:
         """A file or folder of this job's output."""
         return self.config.output_dir / name
 
-    def _texts(self, sources: Sequence[str]) -> TextSet:
-        texts, found = self._read(sources)
-        rows = tokenize(texts, self.tokenizer, self.config.data.sequence_length)
+    def _asked(self, kind: str, default: str) -> tuple[str, str]:
+        """The key that the questions of `kind` come from, and what to say of them where nobody wrote it."""
+        key = f"evaluation.{kind}"
+        if getattr(self.config.evaluation, kind):
+            return key, ""
+        own = "data.forget" if kind == "forget" else key
+        return own, f"; {key} is not set, so {default}: name question sources there"
+
+    def _texts(self, key: str, sources: Sequence[str]) -> TextSet:
+        texts, found = self._read(key, sources)
+        with said_of(key):
+            rows = tokenize(texts, self.tokenizer, self.config.data.sequence_length)
         return TextSet(rows, summarize(sources, found, rows))
 
-    def _read(self, sources: Sequence[str]) -> tuple[list[str], list[Found]]:
-        texts, found = zip(*(read_texts(source, self.config.data) for source in sources), strict=True)
+    def _read(self, key: str, sources: Sequence[str]) -> tuple[list[str], list[Found]]:
+        with said_of(key):
+            texts, found = zip(*(read_texts(source, self.config.data) for source in sources), strict=True)
         return [text for part in texts for text in part], list(found)
 
     def _quiz(self, source: str) -> Quiz:
@@ -150,11 +170,13 @@ def prepare(config: JobConfig) -> Job:
     """The job with all of its inputs read and checked.
 
     Raises:
-        ConfigError: checkpoint, data, questions or parallelism are not usable as written.
+        ConfigError: checkpoint, data, questions, inputs or parallelism are not usable as written.
+        MismatchError: an input was made for another model.
     """
     job = Job(config)
     for part in ("forget", "retain", "perplexity", "forget_quizzes", "utility_quizzes"):
         getattr(job, part)
+    _check_inputs(job)
     for variant in config.compare:
         _check_variant(config, variant.name)
     return job
@@ -167,8 +189,10 @@ def prepare_attribution(config: JobConfig) -> Job:
         ConfigError: the checkpoint is not usable as written, or a source does not begin with a usable text.
     """
     job = Job(config)
-    for source in (*config.data.forget, *config.data.retain):
-        next(iter(stream_texts(source, config.data)))
+    for key, sources in (("data.forget", config.data.forget), ("data.retain", config.data.retain)):
+        with said_of(key):
+            for source in sources:
+                next(iter(stream_texts(source, config.data)))
     return job
 
 
@@ -179,23 +203,39 @@ def derive_variant(config: JobConfig, name: str) -> JobConfig:
         ConfigError: the job with that row's overrides is not allowed; says which row it is.
     """
     variant = next(v for v in config.compare if v.name == name)
-    slug = "".join(c if c.isalnum() else "-" for c in name.lower())
-    folder = config.output_dir / "compare" / slug
-    try:
-        return derive(
-            config, [*variant.overrides, f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"]
-        )
-    except ConfigError as error:
-        raise ConfigError(f"compare {name!r}: {error}") from None
+    folder = config.output_dir / "compare" / variant.slug
+    own = [f"output_dir={str(folder)!r}", f"name={name!r}", "compare=[]"]
+    with said_of(f"compare {name!r}"):
+        found = derive(config, [*variant.overrides, *own])
+    for key in ("name", "revision"):  # the row's experts are chosen from the scores of the job's model
+        ours, theirs = getattr(config.model, key), getattr(found.model, key)
+        if ours != theirs:
+            raise ConfigError(
+                f"compare {name!r}: a row shares the job's model, model.{key} = {ours!r} (got {theirs!r}): run another "
+                "model as a job of its own"
+            )
+    return found
+
+
+def _check_inputs(job: Job) -> None:
+    """What `inputs` names is there and speaks of this model; found late, it would have cost an attribution."""
+    inputs = job.config.inputs
+    kinds: dict[str, tuple[type[Artifact], Path | None]] = {
+        "attribution": (AttributionReport, inputs.attribution),
+        "plan": (UnlearningPlan, inputs.plan),
+        "patch": (PatchManifest, inputs.patch / MANIFEST if inputs.patch else None),
+    }
+    for key, (kind, path) in kinds.items():
+        if path is not None:
+            with said_of(f"inputs.{key}"):
+                job.read(kind, path.name, path)
 
 
 def _check_variant(config: JobConfig, name: str) -> None:
     """What can be wrong with a row of the comparison is found before the job's own training."""
     variant = derive_variant(config, name)
-    try:
+    with said_of(f"compare {name!r}"):
         Job(variant)
-    except ConfigError as error:
-        raise ConfigError(f"compare {name!r}: {error}") from None
 
 
 def _check_writable(key: str, folder: Path) -> None:

@@ -12,9 +12,9 @@ import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 from seuf_ray.errors import ConfigError, did_you_mean
 
@@ -47,10 +47,32 @@ class Reads:
         )
 
 
-class Plugin(BaseModel):
-    """Base of every plug-in: frozen, and unknown hyper-parameters are errors."""
+# What may be written where pydantic alone would take more: true for 1, "1e-3" for a number, "yes" for true.
+WRITTEN: dict[type, tuple[tuple[type, ...], str]] = {
+    float: ((float, int), "Input should be a valid number"),
+    int: ((int,), "Input should be a valid integer"),
+    bool: ((bool,), "Input should be true or false"),
+}
+
+
+class Table(BaseModel):
+    """A table of a job file: frozen, a key that is not declared is an error, and so is a value of another type."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_it_is_written(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        for kind in (annotation, *get_args(annotation)):
+            types, expected = WRITTEN.get(kind, ((), "")) if isinstance(kind, type) else ((), "")
+            if types and type(value) in (str, bool, int, float) and type(value) not in types:
+                raise ValueError(expected)
+        return value
+
+
+class Plugin(Table):
+    """Base of every plug-in: its fields are its hyper-parameters."""
 
     name: str
 

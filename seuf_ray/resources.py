@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class Resources:
                 "(cluster.cpus_per_worker, cluster.gpus_per_worker)"
             )
         return Memory(min(share.host for share in shares), min(share.device for share in shares))
+
+
+def autoscales() -> bool:
+    """Whether the cluster grows when a job asks: then what is there now says nothing of what the job can have."""
+    return "RAY_CLUSTER_AUTOSCALES" in os.environ
 
 
 def require_slots(nodes: Sequence[Node], cluster: ClusterConfig) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,12 @@ import yaml
 from botocore.validate import ParamValidator
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
+
+from seuf_ray.config import validate
+from seuf_ray.errors import ConfigError
+from seuf_ray.stages import resources
+from seuf_ray.stages.data import require_room
+from seuf_ray.stages.session import require
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text())
@@ -72,6 +80,15 @@ def test_versions_are_pinned_to_the_tested_ones() -> None:
     assert any(f"torch=={pins['torch']}" in command for command in _commands())
 
 
+def test_every_scope_and_searcher_finds_its_packages() -> None:
+    """targets.scope = lora needs peft, jobs/search_demo.toml optuna."""
+    (install,) = (shlex.split(command) for command in _commands() if "constraints.txt" in command)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for needed in (*extras["lora"], *extras["search"]):
+        assert re.split(r"[\[<>=]", needed)[0] in install
+
+
 def test_commands_are_shell() -> None:
     assert _commands()
     for command in _commands():
@@ -87,6 +104,25 @@ def test_the_head_scales_and_every_process_needs_the_token() -> None:
     assert "RAY_AUTH_MODE=token" in options and token in CLUSTER["file_mounts"]
 
 
+def test_a_job_is_not_refused_for_what_the_cluster_does_not_have_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its session, nor its actors, nor what it will need: a task asks for a worker's node first."""
+    head = {"Alive": True, "Resources": {"memory": 2.0**35}}
+    worker = {"Alive": True, "Resources": {"memory": 2.0**36, "CPU": 8.0}}
+    there = [head]
+    monkeypatch.delenv("RAY_CLUSTER_AUTOSCALES", raising=False)
+    monkeypatch.setattr(ray, "nodes", lambda: there)
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setattr(resources, "_on_a_worker", lambda *_: there.append(worker) or 0)
+    job = validate({"output_dir": "x"})
+    with pytest.raises(ConfigError, match="RAY_CLUSTER_AUTOSCALES=1"):
+        require(job.cluster)
+    monkeypatch.setenv("RAY_CLUSTER_AUTOSCALES", "1")
+    require(job.cluster)
+    require_room("attribution.num_actors", 2, job.cluster)
+    found = resources.at_hand(job)
+    assert found.share(1, job.cluster).host == 2**36
+
+
 def test_runtime_env() -> None:
     document = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
     assert document["working_dir"] == "."
@@ -95,4 +131,10 @@ def test_runtime_env() -> None:
     RuntimeEnv(
         env_vars=document["env_vars"], excludes=document["excludes"]
     )  # raises for keys Ray does not know
-    assert not set(document) - {"working_dir", "excludes", "env_vars"}  # packages belong into the image
+    # The head offers no CPU, so what is there when a job comes says nothing of what it can have.
+    assert document["env_vars"]["RAY_CLUSTER_AUTOSCALES"] == "1"
+    assert not set(document) - {
+        "working_dir",
+        "excludes",
+        "env_vars",
+    }  # packages are installed when a node starts

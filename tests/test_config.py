@@ -55,6 +55,26 @@ def test_an_empty_job_only_needs_a_folder(tmp_path: Path) -> None:
         ("data.forget=[]", ["data.forget", "at least 1"]),
         ("data.retain=''", ["data.retain", "at least 1 character"]),
         ("cluster.num_workers=3", None),
+        ("anchor=false", ["anchor: expected a name or a table like", 'name = "kl"', "got False"]),
+        ("algorithm=3", ["algorithm: expected a name or a table like", "got 3"]),
+        ('compare={name="a"}', ["compare: expected a list of tables: write [[compare]]"]),
+        ("training=3", ["training: expected a table (got 3)"]),
+        (
+            "targets.experts=[0, 1]",
+            ["targets.experts: expected [[layer, expert], ...] or a path (got [0, 1])"],
+        ),
+        ("targets.experts=7", ["targets.experts: expected [[layer, expert], ...] or a path (got 7)"]),
+        ("name=a/b", ["name: allowed are letters, digits, spaces and _ . , + - (got 'a/b')"]),
+        ("num_workers=2", ["num_workers: unknown key; did you mean 'cluster.num_workers'? allowed: "]),
+        ("training.seed=2", ["training.seed: unknown key; did you mean 'seed'? allowed: "]),
+        ("data.forget=[embedded:chemistry]", ["data.forget=[embedded", """a list is written '["a", "b"]'"""]),
+        ("training.steps=true", ["training.steps: Input should be a valid integer (got True)"]),
+        ("training.steps=3.0", ["training.steps: Input should be a valid integer (got 3.0)"]),
+        ('training.learning_rate="1e-3"', ["training.learning_rate", "valid number (got '1e-3')"]),
+        ("guards.max_kl=true", ["guards.max_kl: Input should be a valid number (got True)"]),
+        ('resume="yes"', ["resume: Input should be true or false (got 'yes')"]),
+        ("resume=1", ["resume: Input should be true or false (got 1)"]),
+        ("anchor.weight='2'", ["anchor.weight: Input should be a valid number (got '2')"]),
         ("training.steps.x=3", ["training.steps: Input should be a valid integer"]),
         ("steps", ["'steps'", "dotted.path=value"]),
         ("training..steps=1", ["dotted.path=value"]),
@@ -75,10 +95,50 @@ def test_all_mistakes_at_once(job: Path) -> None:
 
 def test_a_missing_or_broken_file(tmp_path: Path) -> None:
     assert "no such job file" in _refused(tmp_path / "none.toml")
+    assert "cannot be read as a job file: Is a directory" in _refused(tmp_path)
     (tmp_path / "broken.toml").write_text("training = [")
     assert "not a TOML file" in _refused(tmp_path / "broken.toml")
     (tmp_path / "binary.toml").write_bytes(b"\xff\xfe")
     assert "not a TOML file" in _refused(tmp_path / "binary.toml")
+
+
+def test_a_mistake_is_one_line_that_says_its_place_once(job: Path) -> None:
+    """A check over several keys names them itself."""
+    for overrides in (
+        ["targets.experts=[0, 1]"],
+        ["targets.experts=[[1, 2]]"],
+        ["cluster.num_workers=3", "cluster.expert_parallel_size=2"],
+        ["search.searcher=optuna", "search.num_trials=2"],
+    ):
+        message = _refused(job, *overrides)
+        key = overrides[0].partition(".")[0]
+        assert len(message.splitlines()) == 1 and not message.startswith(f"{key}:"), message
+
+
+@pytest.mark.parametrize("names", [("x y", "x-y"), ("full", "Full"), ("full", "full")])
+def test_rows_of_the_comparison_have_folders_of_their_own(job: Path, names: tuple[str, str]) -> None:
+    rows = ", ".join(f'{{name = "{name}"}}' for name in names)
+    message = _refused(job, f"compare=[{rows}]")
+    assert all(repr(name) in message for name in names) and "share the folder compare/" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["cluster.engine=local", "cluster.num_workers=2"], "cluster.engine = 'local' is for one worker"),
+        (["cluster.engine=local", "cluster.zero_stage=1"], "cluster.zero_stage = 1 is DeepSpeed's"),
+        (["cluster.zero_stage=2"], "cluster.zero_stage = 2 is DeepSpeed's"),
+    ],
+)
+def test_engines_that_cannot_are_refused(job: Path, overrides: list[str], words: str) -> None:
+    assert _refused(job, *overrides).startswith(words)
+    config.load(job, [*overrides, "cluster.engine=deepspeed"])
+
+
+def test_whole_numbers_may_stand_for_numbers(job: Path) -> None:
+    made = config.load(job, ["training.learning_rate=1", "anchor.weight=2", "guards.max_kl=3"])
+    assert (made.training.learning_rate, made.guards.max_kl) == (1.0, 3.0)
+    assert type(made.training.learning_rate) is float
 
 
 def test_resume_and_overwrite_exclude_each_other(job: Path) -> None:

@@ -11,9 +11,10 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seuf_ray.checkpoint.folder import resolve
+from seuf_ray.command import command
 from seuf_ray.config import load, validate
 from seuf_ray.errors import ConfigError
-from seuf_ray.job import prepare
+from seuf_ray.job import prepare, prepare_attribution
 from seuf_ray.outputs import EVERYTHING, claim
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +65,22 @@ def test_mistakes_in_the_job_file_are_one_message_and_no_traceback(
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: FILE.toml\n"),
+        (["jobs/demo.toml", "seed=1", "--training.steps=3"], "write training.steps=3, without dashes"),
+        (["jobs/demo.toml", "--seed", "3"], "write seed=value, without dashes"),
+    ],
+)
+def test_mistakes_in_the_command_say_what_to_write(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command("a job", arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_the_demo_is_valid_and_complete() -> None:
     config = load(ROOT / "jobs" / "demo.toml")
     assert config.cluster.num_workers == config.cluster.expert_parallel_size == 2
@@ -86,6 +103,35 @@ def _refused(tmp_path: Path, said: str, **values: Any) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     _refused(tmp_path, r"nowhere\.jsonl", data={"forget": "data/nowhere.jsonl"})
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("data.forget", {"data": {"forget": "SOURCE"}}),
+        ("data.retain", {"data": {"retain": "SOURCE"}}),
+        ("evaluation.forget", {"evaluation": {"forget": "SOURCE"}}),
+        ("evaluation.utility", {"evaluation": {"utility": "SOURCE"}}),
+        ("evaluation.perplexity", {"evaluation": {"perplexity": "SOURCE"}}),
+    ],
+)
+def test_the_key_that_names_a_bad_source_is_said(tmp_path: Path, key: str, values: dict[str, Any]) -> None:
+    ((section, names),) = values.items()
+    missing = {section: {name: str(tmp_path / "none.jsonl") for name in names}}
+    _refused(tmp_path, rf"^{key}: .*none\.jsonl", **missing)
+
+
+def test_a_forget_set_that_holds_no_questions_says_where_questions_go(tmp_path: Path) -> None:
+    own = tmp_path / "t.jsonl"
+    own.write_text('{"text": "gold is Au, and iron is Fe"}\n')
+    said = r"^data\.forget: .*t\.jsonl:1: a question needs .* evaluation\.forget is not set, so data\.forget is read"
+    _refused(tmp_path, said, data={"forget": str(own)})
+
+
+def test_attribution_alone_names_the_key_too(tmp_path: Path) -> None:
+    data = {"retain": str(tmp_path / "none.jsonl")}
+    with pytest.raises(ConfigError, match=r"^data\.retain: .*none\.jsonl"):
+        prepare_attribution(validate({"output_dir": str(tmp_path / "out"), "data": data}))
 
 
 def test_an_empty_forget_file_is_named(tmp_path: Path) -> None:
@@ -117,6 +163,29 @@ def test_experts_must_divide_over_the_ranks(tmp_path: Path) -> None:
 def test_the_full_baseline_is_not_expert_parallel(tmp_path: Path) -> None:
     parallel = {"num_workers": 2, "expert_parallel_size": 2}
     _refused(tmp_path, "expert_parallel_size = 1", targets={"scope": "full"}, cluster=parallel)
+
+
+@pytest.mark.parametrize("key", ["attribution", "plan", "patch"])
+def test_inputs_that_are_not_there_are_refused_before_attribution(tmp_path: Path, key: str) -> None:
+    _refused(tmp_path, rf"^inputs\.{key}: .*none.*: no such file", inputs={key: str(tmp_path / "none")})
+    (tmp_path / "folder" / "manifest.json").mkdir(parents=True)
+    _refused(tmp_path, rf"^inputs\.{key}: .*Is a directory", inputs={key: str(tmp_path / "folder")})
+
+
+def test_the_pipeline_evaluates_nobody_elses_patch(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = run_job(
+        "jobs/pipeline.py", "jobs/demo.toml", f"output_dir={str(out)!r}", "inputs.patch=some/patch"
+    )
+    assert done.returncode == 1 and "inputs.patch: the pipeline trains a patch of its own" in done.stderr
+    assert not out.exists()
+
+
+def test_lora_without_peft_is_refused_before_a_worker_misses_it(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    lora = {"targets": {"scope": "lora"}, "anchor": "none"}
+    _refused(tmp_path, r"targets\.scope = 'lora'.*pip install 'seuf-ray\[lora\]'", **lora)
+    _prepare(tmp_path)
 
 
 def test_folders_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
@@ -159,7 +228,9 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
             ["targets.scope=experts", "anchor.name=onehot", "cluster.expert_parallel_size=1"],
             "anchor.name = 'onehot'",
         ),
-        (["model.name=/nowhere"], "/nowhere"),
+        (["model.name=/nowhere"], "a row shares the job's model.*'/nowhere'"),
+        (["model.name=embedded:unspecialised"], "a row shares the job's model.*'embedded:unspecialised'"),
+        (["model.revision=abc"], "a row shares the job's model, model.revision = None .*'abc'"),
     ],
 )
 def test_a_bad_variant_is_refused_at_once(tmp_path: Path, overrides: list[str], why: str) -> None:

@@ -238,6 +238,10 @@ def test_two_expert_parallel_processes_keep_to_the_same_space(folder: Path) -> N
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_sharded_optimizers_are_refused_on_the_driver(tmp_path: Path, stage: int) -> None:
-    values = {"output_dir": tmp_path / "run", "anchor": "nullspace", "cluster": {"zero_stage": stage}}
+    values = {
+        "output_dir": tmp_path / "run",
+        "anchor": "nullspace",
+        "cluster": {"zero_stage": stage, "num_workers": 2},
+    }
     with pytest.raises(ConfigError, match=rf"nullspace.*zero_stage = {stage}.*set cluster.zero_stage = 0"):
         Job(config.validate(values))

@@ -81,7 +81,7 @@ def test_paths_may_be_written_without_quotes() -> None:
         ({}, ["no path to search"]),
         ({"trainin.steps": {"choice": [1]}}, ["search.space.trainin.steps", "did you mean 'training'?"]),
         ({"training.stepss": {"choice": [1]}}, ["search.space.training.stepss", "did you mean 'steps'?"]),
-        ({"training.steps": {"uniform": [1, 9]}}, ["search.space.training.steps", "whole number"]),
+        ({"training.steps": {"uniform": [1, 9]}}, ["search.space.training.steps", "valid integer"]),
         ({"training.steps": {"choice": [4, "x"]}}, ["search.space.training.steps", "'x'"]),
         (
             {"training.learning_rate": {"uniform": [-1, 1]}},
@@ -111,7 +111,12 @@ def test_paths_may_be_written_without_quotes() -> None:
         ),
         (
             SPACE | {"algorithm.beta": {"uniform": [0.1, 1.0]}},
-            ["algorithm.beta", "algorithm.name = 'ga'", "unknown key"],
+            [
+                "algorithm.beta",
+                "algorithm.name = 'ga'",
+                "unknown key",
+                """restrict it with when = {"algorithm.name" = ["npo", "dpo"]}""",
+            ],
         ),
         (
             {

@@ -109,6 +109,8 @@ def test_what_is_no_artifact_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     with pytest.raises(ConfigError, match="no such file; run the stage that makes it first"):
         AttributionReport.read(path)
+    with pytest.raises(ConfigError, match="cannot be read as a AttributionReport: Is a directory"):
+        AttributionReport.read(tmp_path)
     for text, why in (
         ("", "Expecting value"),
         ("[]", "no key 'fingerprint'"),

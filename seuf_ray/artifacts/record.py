@@ -101,6 +101,8 @@ class Artifact(Record):
             artifact = cls.model_validate(document)
         except FileNotFoundError as error:
             raise ConfigError(f"{path}: no such file; run the stage that makes it first") from error
+        except OSError as error:  # a folder, or a file of somebody else's
+            raise ConfigError(f"{path}: cannot be read as a {cls.__name__}: {error.strerror}") from error
         except (ValidationError, ValueError, KeyError, AttributeError, TypeError) as error:
             why = f"no key {error}" if isinstance(error, KeyError) else error
             raise ConfigError(f"{path}: not a {cls.__name__}: {why}") from error

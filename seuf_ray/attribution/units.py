@@ -17,6 +17,7 @@ from seuf_ray.attribution.bootstrap import Bootstrap, Sequences
 from seuf_ray.config import DataConfig
 from seuf_ray.data.batches import collate_packed, pack, units
 from seuf_ray.data.rows import Tokenizer, stream_texts, tokenized
+from seuf_ray.errors import said_of
 from seuf_ray.passes import Batch
 
 Record = dict[str, Any]
@@ -47,7 +48,7 @@ def read_chunks(data: str, sources: Sequence[str], config: DataConfig) -> Iterat
     """
     readings = [stream_texts(source, config) for source in sources]
     first_text, counted, before = 0, 0, 0.0
-    texts = (text for reading in readings for text in reading)
+    texts = _said_of(f"data.{data}", (text for reading in readings for text in reading))
     for chunk, (group, is_last) in enumerate(_chunked(texts)):
         num_bad = sum(reading.num_bad for reading in readings)
         share = sum(reading.share for reading in readings) / len(readings)
@@ -62,6 +63,11 @@ def read_chunks(data: str, sources: Sequence[str], config: DataConfig) -> Iterat
             "share": share - before,
         }
         first_text, counted, before = first_text + len(group), num_bad, share
+
+
+def _said_of(key: str, texts: Iterable[str]) -> Iterator[str]:
+    with said_of(key):
+        yield from texts
 
 
 def _chunked(texts: Iterable[str]) -> Iterator[tuple[list[str], bool]]:

@@ -6,15 +6,15 @@ wrong values are refused with that path, what is allowed and a did-you-mean, bef
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from seuf_ray import plugins
 from seuf_ray.config.machine import ClusterConfig, EngineConfig, InputsConfig, TelemetryConfig
 from seuf_ray.config.method import (
     AttributionConfig,
@@ -26,9 +26,10 @@ from seuf_ray.config.method import (
     TrainingConfig,
     Variant,
 )
+from seuf_ray.config.mistakes import explain, plugin_name
 from seuf_ray.config.search import SearchConfig
-from seuf_ray.config.section import DEFAULT_PLUGINS, LABEL, Algorithm, Anchor, Section
-from seuf_ray.errors import ConfigError, did_you_mean
+from seuf_ray.config.section import LABEL, Algorithm, Anchor, Section
+from seuf_ray.errors import ConfigError
 
 __all__ = [
     "AttributionConfig",
@@ -83,6 +84,16 @@ class JobConfig(Section):
             raise ValueError("resume and overwrite exclude each other")
         return self
 
+    @model_validator(mode="after")
+    def _a_folder_for_each_row(self) -> JobConfig:
+        for one, other in itertools.combinations(self.compare, 2):
+            if one.slug == other.slug:
+                raise ValueError(
+                    f"compare: rows {one.name!r} and {other.name!r} would share the folder compare/{one.slug}: give "
+                    "one of them another name"
+                )
+        return self
+
     @property
     def forget_questions(self) -> list[str]:
         return self.evaluation.forget or self.data.forget
@@ -97,6 +108,10 @@ class JobConfig(Section):
 
 
 S = TypeVar("S", bound=Section)
+WRITTEN_AS = {  # what texts that begin so were meant to be
+    "[": """a list is written '["a", "b"]' (the outer quotes are the shell's)""",
+    "{": """a table is written '{key = "a"}' (the outer quotes are the shell's)""",
+}
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
@@ -114,6 +129,8 @@ def load_as(kind: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such job file") from error
+    except OSError as error:  # a folder, or a file of somebody else's
+        raise ConfigError(f"{path}: cannot be read as a job file: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from error
     return validate_as(kind, override(values, overrides))
@@ -129,7 +146,7 @@ def validate_as(kind: type[S], values: dict[str, Any]) -> S:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(kind, values, error))) from None
+        raise ConfigError("\n".join(explain(kind, values, error))) from None
 
 
 def derive(config: JobConfig, overrides: Sequence[str]) -> JobConfig:
@@ -146,16 +163,11 @@ def override(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
                 f"override {item!r}: expected dotted.path=value, as in training.learning_rate=1e-3"
             )
         *parents, key = path.split(".")
-        value = _toml_value(text)
-        if path in ("algorithm.name", "anchor.name") and _plugin_name(values, parents[0]) != value:
+        value = _toml_value(path, text)
+        if path in ("algorithm.name", "anchor.name") and plugin_name(values, parents[0]) != value:
             values = {**values, parents[0]: {}}  # another plug-in: its hyper-parameters are other ones
         values = _set(values, parents, key, value)
     return values
-
-
-def _plugin_name(values: dict[str, Any], section: str) -> str:
-    value = values.get(section, {})
-    return str(value.get("name", DEFAULT_PLUGINS[section]) if isinstance(value, dict) else value)
 
 
 def _set(values: dict[str, Any], parents: list[str], key: str, value: Any) -> dict[str, Any]:
@@ -168,39 +180,12 @@ def _set(values: dict[str, Any], parents: list[str], key: str, value: Any) -> di
     return {**values, key: value}
 
 
-def _toml_value(text: str) -> Any:
+def _toml_value(path: str, text: str) -> Any:
     if text == "null":  # TOML has no such value; "none" is an anchor
         return None
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
+        if text[:1] in WRITTEN_AS:  # as a text it would be a file of a very odd name
+            raise ConfigError(f"override {path}={text}: {WRITTEN_AS[text[:1]]}") from None
         return text
-
-
-def _explain(kind: type[BaseModel], values: dict[str, Any], error: ValidationError) -> list[str]:
-    """One line per mistake: dotted path, what is wrong, what is allowed."""
-    lines: list[str] = []
-    for item in error.errors():
-        loc = item["loc"]
-        where = ".".join(str(part) for part in loc)
-        if item["type"] == "extra_forbidden":
-            lines.append(
-                f"{where}: unknown key; {did_you_mean(str(loc[-1]), _fields_at(kind, values, loc[:-1]))}"
-            )
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r})"
-            lines.append(f"{where}: {message}{got}".removeprefix(": "))
-    return lines
-
-
-def _fields_at(model: type[BaseModel], values: dict[str, Any], loc: Sequence[Any]) -> list[str]:
-    """The keys that the table at `loc` may have."""
-    if loc and loc[0] in ("algorithm", "anchor"):
-        return list(plugins.find(f"{loc[0]}s", _plugin_name(values, str(loc[0]))).model_fields)
-    for part in loc:
-        if not isinstance(part, int):
-            annotation = model.model_fields[part].annotation
-            found = [a for a in (annotation, *get_args(annotation)) if isinstance(a, type)]
-            model = next((a for a in found if issubclass(a, BaseModel)), model)
-    return list(model.model_fields)

@@ -33,6 +33,21 @@ class ClusterConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _an_engine_that_can(self) -> ClusterConfig:
+        if self.engine == "local" and self.num_workers > 1:
+            raise ValueError(
+                f"cluster.engine = 'local' is for one worker, and cluster.num_workers = {self.num_workers} would each "
+                'train the whole job alone: set cluster.engine = "auto" or cluster.num_workers = 1'
+            )
+        if self.zero_stage and not self.uses_deepspeed:
+            raise ValueError(
+                f"cluster.zero_stage = {self.zero_stage} is DeepSpeed's, which does not run with cluster.engine = "
+                f"{self.engine!r} and cluster.num_workers = {self.num_workers}: set cluster.zero_stage = 0, or "
+                'cluster.engine = "deepspeed"'
+            )
+        return self
+
     @property
     def uses_deepspeed(self) -> bool:
         return self.engine == "deepspeed" or (self.engine == "auto" and self.num_workers > 1)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from seuf_ray.config.section import LABEL, Section, Sources
+from seuf_ray.config.section import LABEL, Experts, Section, Sources
 
 
 class ModelConfig(Section):
@@ -52,7 +51,12 @@ class AttributionConfig(Section):
         description="actors that hold the model; a worker group that shares its experts; one layer at a time from the "
         "checkpoint; auto: the first of these that fits",
     )
-    num_actors: int = Field(1, ge=1, description="Ray actors that hold the model")
+    num_actors: int = Field(
+        1,
+        ge=1,
+        description="Ray actors of attribution (engine = actors), and of evaluation whatever the engine; each holds "
+        "the whole model",
+    )
     unit_rows: int = Field(
         8,
         ge=1,
@@ -90,7 +94,7 @@ class TargetsConfig(Section):
         "routed experts, routers or shared experts; lora: adapters on attention and experts",
     )
     top_m: int = Field(1, ge=1, description="M, the number of target experts (per layer for scope = layer)")
-    experts: list[tuple[int, int]] | Path | None = Field(
+    experts: Experts = Field(
         None,
         description="for scope = explicit: [[layer, expert], ...], or the path of an ESFT expert configuration",
     )
@@ -113,7 +117,9 @@ class TargetsConfig(Section):
 class TrainingConfig(Section):
     steps: int = Field(60, ge=1, description="optimiser steps")
     batch_size: int = Field(32, ge=1, description="rows per step over all workers")
-    learning_rate: float = Field(5e-3, gt=0, description="AdamW, constant")
+    learning_rate: float = Field(
+        5e-3, gt=0, description="AdamW's; constant once training.warmup_steps are over"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up to the learning rate")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's; it can only touch the plan's tensors")
     max_grad_norm: float = Field(1.0, gt=0, description="gradient clipping over all tensors of the plan")
@@ -152,10 +158,14 @@ class GuardsConfig(Section):
         None,
         ge=0,
         le=1,
-        description="... when 1 - top-k overlap on forget tokens, over all MoE layers, exceeds this",
+        description="end the run when forget tokens lost more than this share of the top-k experts that the original "
+        "chose for them (1 - top-k overlap, mean over all MoE layers)",
     )
     max_kl: float | None = Field(
-        None, gt=0, description="... when the routing KL on forget tokens exceeds this"
+        None,
+        gt=0,
+        description="end the run when the KL divergence of forget tokens' routing from the original's exceeds this "
+        "(mean over all MoE layers)",
     )
     action: Literal["stop", "rollback"] = Field(
         "rollback", description="keep the tensors, or go back to the best step"
@@ -178,3 +188,8 @@ class Variant(Section):
 
     name: str = Field(pattern=LABEL, description="label of the row, and (slugged) its folder")
     overrides: list[str] = Field([], description='["targets.scope=full", "training.learning_rate=3e-4"]')
+
+    @property
+    def slug(self) -> str:
+        """The name of its folder."""
+        return "".join(c if c.isalnum() else "-" for c in self.name.lower())

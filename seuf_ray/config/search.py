@@ -20,7 +20,8 @@ class SearchConfig(Section):
     num_trials: int = Field(
         32,
         ge=1,
-        description="trials; random: for each point of what is a grid; grid: a search has as many as points",
+        description="number of trials; with searcher = random so many for each combination of the grid paths' values; "
+        "searcher = grid has one trial for each combination, whatever this is",
     )
     searcher: Literal["grid", "random", "optuna", "nsga2"] = Field(
         "random", description="optuna: its TPE, for one objective or several; nsga2: optuna's, for several"
@@ -44,8 +45,9 @@ class SearchConfig(Section):
     max_concurrent: int = Field(
         2,
         ge=1,
-        description="trials at once, where the cluster has room; a suggestion knows all results but those of the last "
-        "2 x this, so it is part of what makes a search repeatable; where they matter, under half of the trials",
+        description="trials that run at once, where the cluster has room. What optuna, nsga2 and asha decide about a "
+        "trial rests on all results but those of the 2 x max_concurrent trials before it, so that a search can be "
+        "repeated: with these, keep it under half of the trials",
     )
 
     @model_validator(mode="after")

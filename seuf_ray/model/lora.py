@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -89,13 +90,16 @@ class LowRank(nn.Module):
         return found
 
 
+def require_peft() -> None:
+    """Raises ConfigError where peft is not installed; it is not imported for that."""
+    if find_spec("peft") is None:
+        raise ConfigError("targets.scope = 'lora' needs the extra 'lora': pip install 'seuf-ray[lora]'")
+
+
 def _inject(module: nn.Module, paths: Sequence[str], rank: int, alpha: float) -> None:
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ConfigError(
-            "targets.scope = 'lora' needs the extra 'lora': pip install 'seuf-ray[lora]'"
-        ) from error
+    require_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
     linear = [path.removesuffix(".weight") for path in paths if path.endswith(".weight")]
     fused = [path for path in paths if not path.endswith(".weight")]
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, target_parameters=fused or None)

@@ -18,11 +18,19 @@ class Measuring(Section):
     """How many questions are asked; part of what a cell depends on."""
 
     curve: int = Field(40, ge=2, description="questions of each kind along a run of fixed length")
-    matched: int = Field(80, ge=2, description="... along a run that ends at the matched level")
-    final: int = Field(160, ge=2, description="... of the test split at the end of a run")
+    matched: int = Field(
+        80, ge=2, description="questions of each kind along a run that ends at the matched level"
+    )
+    final: int = Field(160, ge=2, description="questions of each kind of the test split, at the end of a run")
     texts: int = Field(
         200, ge=1, description="forget texts for routing drift, and general ones for perplexity"
     )
+
+
+class CellsConfig(ClusterConfig):
+    """A worker is a cell here, and trains alone."""
+
+    num_workers: int = Field(2, ge=1, description="cells that run at the same time")
 
 
 class PaperSettings(Section):
@@ -66,9 +74,7 @@ class PaperSettings(Section):
     max_rates: int = Field(6, ge=1, description="learning rates tried at most where the best lies at an edge")
     measuring: Measuring = Measuring()
     overrides: list[str] = Field([], description='of every job: ["training.batch_size=16"]')
-    cluster: ClusterConfig = Field(
-        ClusterConfig(num_workers=2), description="num_workers: cells that run at the same time"
-    )
+    cluster: CellsConfig = CellsConfig()
 
     @model_validator(mode="after")
     def _known_names(self) -> PaperSettings:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from seuf_ray import plugins
 from seuf_ray.config import JobConfig, SearchConfig
 from seuf_ray.errors import ConfigError, did_you_mean
 from seuf_ray.search.parsing import parse
@@ -40,7 +41,7 @@ def check(config: JobConfig) -> tuple[Space, ...]:
     steps = []
     for assignment, space in examples(spaces):
         with blamed_on(space, assignment):
-            trial = derive_trial(config, assignment)
+            trial = _derive(config, assignment, spaces)
             _check_types(trial, assignment)
         steps.append(trial.training.steps)
     _check_searcher(config.search, spaces)
@@ -68,6 +69,28 @@ def blamed_on(space: Space, assignment: Assignment) -> Iterator[None]:
         named = (path for path in assignment if str(error).startswith((f"{path}:", f"{path}.", f"{path} ")))
         path = next(named, space.path)
         raise ConfigError(f"search.space.{path}: with {written(assignment)}: {error}") from None
+
+
+def _derive(config: JobConfig, assignment: Assignment, spaces: Sequence[Space]) -> JobConfig:
+    """The trial; a hyper-parameter that only some of the plug-ins have is refused with what restricts it to them."""
+    try:
+        return derive_trial(config, assignment)
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_restriction(str(error), spaces)}") from None
+
+
+def _restriction(error: str, spaces: Sequence[Space]) -> str:
+    known = {space.path: space for space in spaces}
+    for space in spaces:
+        section, _, key = space.path.partition(".")
+        chooser = known.get(f"{section}.name")
+        if chooser is None or not chooser.is_list or not error.startswith(f"{space.path}: unknown key"):
+            continue
+        names = [name for name in chooser.values if key in plugins.find(f"{section}s", name).model_fields]
+        if names:
+            value = json.dumps(names if len(names) > 1 else names[0])
+            return f'; restrict it with when = {{"{chooser.path}" = {value}}}'
+    return ""
 
 
 def _check_types(trial: JobConfig, assignment: Assignment) -> None:

@@ -29,6 +29,7 @@ from seuf_ray.config import ClusterConfig, DataConfig, JobConfig
 from seuf_ray.data.rows import Row, Tokenizer
 from seuf_ray.errors import ConfigError, MismatchError
 from seuf_ray.model.moe import load_tokenizer
+from seuf_ray.resources import autoscales
 
 TASK_CPUS = (
     0.25  # of tasks that read and pack: two readers and one packer find room in the CPU that actors leave
@@ -198,8 +199,10 @@ def require_room(key: str, processes: int, cluster: ClusterConfig) -> None:
     """The tasks that feed so many actors or workers need one CPU; without it nothing would ever run, silently.
 
     Raises:
-        ConfigError: there is less; `key` is what asked for the processes.
+        ConfigError: there is less, and the cluster does not grow; `key` is what asked for the processes.
     """
+    if autoscales():
+        return
     for name, each, spare in (("CPU", cluster.cpus_per_worker, 1.0), ("GPU", cluster.gpus_per_worker, 0.0)):
         there, needed = ray.cluster_resources().get(name, 0.0), processes * each + spare * bool(each)
         if needed > there:

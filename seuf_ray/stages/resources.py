@@ -27,8 +27,9 @@ from seuf_ray.planning import (
     plan_summary,
     require_room,
 )
-from seuf_ray.resources import Node, Resources
+from seuf_ray.resources import Node, Resources, autoscales
 from seuf_ray.stages.group import threads
+from seuf_ray.stages.session import nodes
 
 WAIT = 1800.0  # seconds for a cluster that autoscales to start the first worker's node
 
@@ -60,7 +61,9 @@ def at_hand(config: JobConfig) -> Resources:
     Raises:
         ray.exceptions.GetTimeoutError: no such node within half an hour.
     """
-    gpu_bytes = _on_a_worker(config, _gpu_bytes) if config.cluster.gpus_per_worker else 0
+    gpu_bytes = 0
+    if config.cluster.gpus_per_worker or _must_grow(config):
+        gpu_bytes = _on_a_worker(config, _gpu_bytes)
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return Resources(
         tuple(
@@ -78,14 +81,19 @@ def at_hand(config: JobConfig) -> Resources:
 
 def _on_a_worker(config: JobConfig, look: Callable[..., Any], *arguments: Any) -> Any:
     cluster = config.cluster
-    if len(ray.nodes()) == 1 and not cluster.gpus_per_worker:
+    if len(ray.nodes()) == 1 and not cluster.gpus_per_worker and not _must_grow(config):
         return look(*arguments)
     task = ray.remote(look).options(num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker)
     return ray.get(task.remote(*arguments), timeout=WAIT)
 
 
 def _gpu_bytes() -> int:
-    return int(torch.cuda.get_device_properties(0).total_memory)
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 0
+
+
+def _must_grow(config: JobConfig) -> bool:
+    """Whether no node takes a worker yet, as on a cluster whose head offers no CPU, but one can be had."""
+    return autoscales() and not any(node.slots(config.cluster) for node in nodes())
 
 
 def product_speed(device: str, dtype: str, num_threads: int) -> float:

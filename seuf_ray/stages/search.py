@@ -21,7 +21,7 @@ from seuf_ray.config import ClusterConfig
 from seuf_ray.console import show_kept, show_room
 from seuf_ray.job import Job
 from seuf_ray.outputs import clear_cache
-from seuf_ray.resources import require_slots
+from seuf_ray.resources import autoscales, require_slots
 from seuf_ray.search import objectives
 from seuf_ray.search.checking import examples
 from seuf_ray.search.outcome import TUNE, sweep
@@ -124,7 +124,7 @@ def concurrent(cluster: ClusterConfig, most: int) -> int:
     Raises:
         ConfigError: not one does.
     """
-    if "RAY_CLUSTER_AUTOSCALES" in os.environ:
+    if autoscales():
         return most
     return min(most, require_slots(nodes(), cluster) // cluster.num_workers)
 

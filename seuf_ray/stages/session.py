@@ -12,7 +12,7 @@ import ray
 
 from seuf_ray.config import ClusterConfig
 from seuf_ray.errors import ConfigError
-from seuf_ray.resources import Node, require_slots
+from seuf_ray.resources import Node, autoscales, require_slots
 
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -72,7 +72,7 @@ def require(cluster: ClusterConfig) -> None:
     Raises:
         ConfigError: with what is needed and what there is. A cluster that autoscales is given the benefit of doubt.
     """
-    if "RAY_CLUSTER_AUTOSCALES" in os.environ:
+    if autoscales():
         return
     there = ray.cluster_resources()
     for name, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
