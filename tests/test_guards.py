@@ -81,7 +81,7 @@ def test_a_violated_guard_rolls_back_to_the_original_if_nothing_better_is_known(
     records = list(go(engine, made))
     assert [p.step for p in records] == [0, 2]
     assert (
-        records[-1].stopped is not None and "guards.max_kl = 1e-7 violated at step 2" in records[-1].stopped
+        records[-1].stopped is not None and "guards.max_kl = 1e-07 violated at step 2" in records[-1].stopped
     )
     assert records[-1].kept == 0 and same(engine.tensors(), original)
 
