@@ -6,6 +6,7 @@ file with its colours in it, white behind, so that it can be looked at anywhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from statistics import mean, stdev
@@ -27,13 +28,18 @@ def picture(
     results: Sequence[Result], methods: Sequence[str], algorithms: Sequence[str], level: float
 ) -> str:
     """The SVG document; panels two by two, the legend below."""
+    curves = {a: {name: curve_of(results, name, a) for name in methods} for a in algorithms}
+    lowest = min(
+        (bar[1] - bar[3] for each in curves.values() for c in each.values() for bar in c), default=0.0
+    )
+    floor = max(
+        0.0, min(0.75, math.floor(4 * lowest) / 4)
+    )  # where everything is near 1, that is what is shown
     body = []
     for number, algorithm in enumerate(algorithms):
         x, y = (number % 2) * WIDTH, (number // 2) * HEIGHT
-        chosen = {name: curve_of(results, name, algorithm) for name in methods}
-        body.append(
-            f'<g transform="translate({x} {y})">{"".join(_panel(NAMES[algorithm], chosen, level))}</g>'
-        )
+        panel = "".join(_panel(NAMES[algorithm], curves[algorithm], level, floor))
+        body.append(f'<g transform="translate({x} {y})">{panel}</g>')
     top = -(-len(algorithms) // 2) * HEIGHT
     legend, height = _legend(methods, top + 16)
     body += legend
@@ -60,39 +66,40 @@ def _bar(points: Sequence[tuple[float, float]]) -> Bar:
     return mean(forget), mean(utility), stdev(forget) if wide else 0.0, stdev(utility) if wide else 0.0
 
 
-def _at(forget: float, utility: float) -> tuple[float, float]:
-    """Forgetting goes to the right: accuracy 1 is on the left."""
+def _at(forget: float, utility: float, floor: float) -> tuple[float, float]:
+    """Forgetting goes to the right: accuracy 1 is on the left; utility from `floor` to 1."""
     x = LEFT + (1 - forget) * (WIDTH - LEFT - SIDE)
-    return round(x, 1), round(TOP + (1 - utility) * (HEIGHT - TOP - 40), 1)
+    return round(x, 1), round(TOP + (1 - utility) / (1 - floor) * (HEIGHT - TOP - 40), 1)
 
 
-def _panel(title: str, curves: dict[str, list[Bar]], level: float) -> Iterator[str]:
+def _panel(title: str, curves: dict[str, list[Bar]], level: float, floor: float) -> Iterator[str]:
     yield f'<text class="t" x="{LEFT}" y="18">{escape(title)}</text>'
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        (left, y), (right, _) = _at(1, share), _at(0, share)
+        height = floor + share * (1 - floor)
+        (left, y), (right, _) = _at(1, height, floor), _at(0, height, floor)
         yield f'<line class="g" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
-        yield f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{share:g}</text>'
-        x, bottom = _at(share, 0)
+        yield f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{height:.3g}</text>'
+        x, bottom = _at(share, floor, floor)
         yield f'<text x="{x}" y="{bottom + 15}" text-anchor="middle">{share:g}</text>'
     for value in (level, 0.25):
-        (x, top), (_, bottom) = _at(value, 1), _at(value, 0)
+        (x, top), (_, bottom) = _at(value, 1, floor), _at(value, floor, floor)
         yield f'<line class="g d" style="stroke:#999" x1="{x}" x2="{x}" y1="{top}" y2="{bottom}"/>'
-    x, bottom = _at(0, 0)
+    x, bottom = _at(0, floor, floor)
     yield f'<text x="{x}" y="{bottom + 29}" text-anchor="end">forget accuracy → less</text>'
     yield f'<text x="4" y="{bottom + 29}">↑ utility</text>'
     for number, curve in enumerate(curves.values()):
-        yield from _line(curve, COLOURS[number % len(COLOURS)])
+        yield from _line(curve, COLOURS[number % len(COLOURS)], floor)
 
 
-def _line(curve: Sequence[Bar], colour: str) -> Iterator[str]:
-    places = [_at(forget, utility) for forget, utility, _, _ in curve]
+def _line(curve: Sequence[Bar], colour: str, floor: float) -> Iterator[str]:
+    places = [_at(forget, utility, floor) for forget, utility, _, _ in curve]
     points = " ".join(f"{x},{y}" for x, y in places)
     yield f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>'
     for forget, utility, wide, high in curve:
-        ends = _at(forget + wide, utility), _at(forget - wide, utility)
+        ends = _at(forget + wide, utility, floor), _at(forget - wide, utility, floor)
         yield f'<path d="M{ends[0][0]} {ends[0][1]}H{ends[1][0]}" stroke="{colour}" opacity=".45"/>'
-        x, top = _at(forget, utility + high)
-        yield f'<path d="M{x} {top}V{_at(forget, utility - high)[1]}" stroke="{colour}" opacity=".45"/>'
+        x, top = _at(forget, utility + high, floor)
+        yield f'<path d="M{x} {top}V{_at(forget, utility - high, floor)[1]}" stroke="{colour}" opacity=".45"/>'
     yield from (f'<circle cx="{x}" cy="{y}" r="2.6" fill="{colour}"/>' for x, y in places)
 
 
