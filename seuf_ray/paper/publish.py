@@ -14,7 +14,7 @@ from seuf_ray.paper.methods import METHODS, ORIGINAL, fixed_rate
 from seuf_ray.paper.picture import picture
 from seuf_ray.paper.settings import PaperSettings
 from seuf_ray.paper.tables import NAMES, Row, all_tables, select
-from seuf_ray.paper.tuning import best_rate
+from seuf_ray.paper.tuning import best_rate, next_rate
 from seuf_ray.recording import machine, write_section
 
 NAME = "paper_tables"
@@ -111,9 +111,8 @@ def _edges(tuning: Sequence[Row]) -> Iterator[str]:
         tried.setdefault(key, {})[row["learning_rate"]] = row["utility_at_level"]
     found = []
     for (forget, method, algorithm), rates in tried.items():
-        best = best_rate(rates, fixed_rate(method, algorithm))
-        others = [rates[rate] or 0.0 for rate in rates if rate != best]
-        if best in (min(rates), max(rates)) and (rates[best] or 0.0) > max(others, default=0.0):
+        if any(rates.values()) and next_rate(rates, max_rates=len(rates) + 1) is not None:
+            best = best_rate(rates, fixed_rate(method, algorithm))
             found.append(f"{METHODS[method].label} with {NAMES[algorithm]} on {forget} ({best:g})")
     if found:
         yield f"The best rate is the last one tried, so the next might be better still: {'; '.join(found)}."
